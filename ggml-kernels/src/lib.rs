@@ -1,0 +1,12 @@
+//! ggml (built and bound by `llama-cpp-sys-2`) and the C SIMD and CUDA kernels of clsa.
+//!
+//! Each op is one contract header in `include/`, one scalar reference and SIMD variants in `cpu/`, one CUDA file in `cuda/`.
+
+/// ggml's and llama.cpp's C interface.
+pub use llama_cpp_sys_2 as ggml;
+
+/// The parameter structs of `include/*.h`, as bindgen reads them.
+#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, clippy::all)]
+pub mod contracts {
+    include!(concat!(env!("OUT_DIR"), "/contracts.rs"));
+}

@@ -1,0 +1,103 @@
+//! What a device must be able to do, in the model's own verbs at the grain of a sub-layer.
+//!
+//! A backend owns the weights and caches on its device and the residual stream `x` of the batch in hand. The forward pass
+//! ([`crate::model::forward`]) calls the verbs in the order of the equations; a backend may run each at once, or record them and
+//! run everything in [`Backend::finish`].
+use crate::cache::PageTables;
+use crate::error::Result;
+
+/// How cross-decoder layers choose the positions they attend to (model.md section 2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Routing {
+    /// Scored and selected once per token, shared by all cross layers: the paper's method.
+    Clsa,
+    /// Every position: YOCO (dense).
+    Dense,
+    /// Scoring and top-k repeated before every `n`-th cross layer: 1 is `per-layer`, 4 is `every-4`.
+    Every(usize),
+    /// Keys pooled by mean over blocks of this many positions, top k/B blocks, once per token.
+    Block(usize),
+}
+
+/// One micro-batch: row r is token `tokens[r]` at position `pos[r]` of the sequence in `slot[r]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Token ids.
+    pub tokens: Vec<u32>,
+    /// Positions; those of one sequence are consecutive and increasing.
+    pub pos: Vec<u32>,
+    /// Slots of the sequences.
+    pub slot: Vec<u32>,
+    /// Rows whose logits are wanted, increasing; may be empty (prefill that is not at its end).
+    pub outputs: Vec<u32>,
+}
+
+/// Whether the verbs must be called for this batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// Call the verbs in order.
+    Needed,
+    /// A recorded graph of the same shape serves; go straight to [`Backend::finish`].
+    Reused,
+}
+
+/// Bytes a backend holds, by purpose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Weights, memory-mapped or uploaded.
+    pub weights: u64,
+    /// Weights repacked into a second copy.
+    pub repacked: u64,
+    /// Shared memory, index keys and windows.
+    pub cache: u64,
+    /// Everything that a step needs besides.
+    pub scratch: u64,
+}
+
+/// The verbs of a model on one device.
+///
+/// Layer indices run over the whole model: self-decoder `0..n_self`, cross-decoder `n_self..n_layer`.
+pub trait Backend: Send {
+    /// Name and instruction set, for people.
+    fn describe(&self) -> String;
+    /// Bytes held.
+    fn memory(&self) -> Memory;
+
+    /// Takes the batch: tokens, positions, page tables of the slots, routing mode and the k of top-k.
+    fn begin(&mut self, batch: &Batch, tables: &PageTables, routing: Routing, top_k: usize)
+    -> Result<Record>;
+    /// `x = E[token] * embed_scale`.
+    fn embed(&mut self) -> Result<()>;
+    /// `x += Wo attention(RMS(x))` over the layer's own cache, after appending this batch's k and v to it.
+    fn self_attention(&mut self, layer: usize) -> Result<()>;
+    /// `x += Wdown( silu(Wgate b) * (Wup b) )`, `b = RMS(x; ffn_norm)`.
+    fn feed_forward(&mut self, layer: usize) -> Result<()>;
+    /// `H = RMS(x; shared_kv.norm)`; appends K, V and the index key of every row; keeps qidx of the output rows for [`Self::route`].
+    fn append_shared(&mut self) -> Result<()>;
+    /// Drops every row of `x` that is not an output: prefill stops here for them.
+    fn keep_outputs(&mut self) -> Result<()>;
+    /// Scores all index keys and selects S for each remaining row.
+    fn route(&mut self) -> Result<()>;
+    /// `x += Wo attention(RMS(x))` over the selected (or, `dense`, all) rows of the shared memory.
+    fn cross_attention(&mut self, layer: usize) -> Result<()>;
+    /// `logits = Wout RMS(x; output_norm)`.
+    fn logits(&mut self) -> Result<()>;
+    /// Runs what was recorded; returns the logits of the output rows, `[outputs.len()][vocab]`.
+    fn finish(&mut self) -> Result<&[f32]>;
+
+    /// Positions that the last [`Self::route`] selected for output row `output` (index into `Batch::outputs`), ascending.
+    /// Empty when nothing was routed.
+    fn selection(&mut self, output: usize) -> Result<Vec<u32>>;
+
+    /// Copies a page in every pool (copy-on-write of a shared, partly filled page).
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<()>;
+    /// Bytes of the first `rows` positions of a page: for each pool in the order of [`crate::cache::pools`], `rows` rows.
+    fn read_page(&mut self, page: u32, rows: usize, out: &mut Vec<u8>) -> Result<()>;
+    /// The reverse of [`Self::read_page`].
+    fn write_page(&mut self, page: u32, rows: usize, bytes: &[u8]) -> Result<()>;
+    /// Bytes of a slot's windows for a sequence of `len` positions: per self layer the K rows, then the V rows, of the last
+    /// `min(len, window - 1)` positions in increasing position. Empty for a Transformer.
+    fn save_window(&mut self, slot: u32, len: usize) -> Result<Vec<u8>>;
+    /// The reverse of [`Self::save_window`], into any slot.
+    fn load_window(&mut self, slot: u32, len: usize, bytes: &[u8]) -> Result<()>;
+}

@@ -1,0 +1,111 @@
+//! The caches: windows, and the ONE shared memory cut into pages that sequences hold by reference.
+use crate::config::Config;
+
+/// Positions of a page.
+pub const PAGE: usize = ggml_kernels::contracts::CLSA_PAGE as usize;
+
+/// What a cached value is stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CacheType {
+    /// 32-bit floats, for parity tests.
+    F32,
+    /// Half floats, the default.
+    F16,
+    /// 8-bit blocks of 32 with an f16 scale.
+    Q8_0,
+}
+
+impl CacheType {
+    /// Bytes of a row of `width` values. Q8_0 needs a width divisible by 32.
+    #[must_use]
+    pub fn row_bytes(self, width: usize) -> usize {
+        match self {
+            Self::F32 => width * 4,
+            Self::F16 => width * 2,
+            Self::Q8_0 => width / 32 * 34,
+        }
+    }
+}
+
+/// How much cache a backend must hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheSpec {
+    /// Sequences alive at a time.
+    pub n_slots: usize,
+    /// Pages in the pools.
+    pub n_pages: usize,
+    /// Pages that one sequence may hold (columns of a page table).
+    pub pages_per_slot: usize,
+    /// Rows of the largest micro-batch.
+    pub max_rows: usize,
+    /// Output rows of the largest micro-batch.
+    pub max_outputs: usize,
+    /// Type of cached K rows, of the windows too.
+    pub k: CacheType,
+    /// Type of cached V rows, of the windows too.
+    pub v: CacheType,
+    /// Type of index keys.
+    pub index: CacheType,
+}
+
+/// One paged pool of rows: what a page holds for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// The layer it belongs to; `None`: the shared memory.
+    pub layer: Option<usize>,
+    /// What its rows are.
+    pub kind: PoolKind,
+    /// Values in a row.
+    pub width: usize,
+    /// How they are stored.
+    pub cache_type: CacheType,
+}
+
+/// What the rows of a pool are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolKind {
+    /// Keys of all KV heads.
+    K,
+    /// Values of all KV heads.
+    V,
+    /// Index keys.
+    Index,
+}
+
+/// The paged pools of a model, in the order in which a page is saved: shared K, V, index keys; or, for a Transformer, K and V of
+/// each layer.
+#[must_use]
+pub fn pools(config: &Config, spec: &CacheSpec) -> Vec<Pool> {
+    let kv = |layer, width| {
+        [
+            Pool { layer, kind: PoolKind::K, width, cache_type: spec.k },
+            Pool { layer, kind: PoolKind::V, width, cache_type: spec.v },
+        ]
+    };
+    if config.is_yoco() {
+        let mut pools = kv(None, config.cross_heads.kv_width()).to_vec();
+        if let Some(indexer) = config.indexer {
+            let width = indexer.head_dim;
+            pools.push(Pool { layer: None, kind: PoolKind::Index, width, cache_type: spec.index });
+        }
+        pools
+    } else {
+        (0..config.n_layer).flat_map(|i| kv(Some(i), config.self_heads.kv_width())).collect()
+    }
+}
+
+/// Positions that a slot's ring holds: the window and one micro-batch, so that a whole batch is appended before any of its rows
+/// attends.
+#[must_use]
+pub fn ring_len(window: usize, max_rows: usize) -> usize {
+    (window + max_rows).next_multiple_of(64)
+}
+
+/// Page tables of all slots, `[n_slots][pages_per_slot]`, as the kernels read them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageTables {
+    /// Entries of one slot.
+    pub stride: usize,
+    /// Page numbers; an entry past a sequence's length is 0 and not read.
+    pub entries: Vec<u32>,
+}

@@ -1,0 +1,14 @@
+//! Quantized local inference for YOCO language models with Cross-Layer Sparse Attention (arXiv 2606.06467, 2405.05254).
+//!
+//! The way of a token:
+//!
+//! ```text
+//! terminal or file -> tokenizer -> session -> engine -> [ self-decoder -> shared memory + routing -> cross-decoder -> logits ]
+//!                                                    -> sampler -> terminal
+//! ```
+pub mod backend;
+pub mod cache;
+pub mod config;
+pub mod error;
+
+pub use clsa_convert::gguf;

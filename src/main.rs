@@ -1,0 +1,2 @@
+//! The `clsa` command.
+fn main() {}
