@@ -2,11 +2,13 @@
 //!
 //! Each op is one contract header in `include/`, one scalar reference and SIMD variants in `cpu/`, one CUDA file in `cuda/`.
 
+pub mod quant;
+
 /// ggml's and llama.cpp's C interface.
 pub use llama_cpp_sys_2 as ggml;
 
 /// The parameter structs of `include/*.h`, as bindgen reads them.
-#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, clippy::all)]
+#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, clippy::all, clippy::undocumented_unsafe_blocks)]
 pub mod contracts {
     include!(concat!(env!("OUT_DIR"), "/contracts.rs"));
 }
