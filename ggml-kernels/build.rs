@@ -1,12 +1,16 @@
 //! Compiles the C kernels (each file for its own instruction set) and generates bindings to the op contracts in include/.
 use std::{env, fs, path::PathBuf};
 
+#[path = "build/cuda.rs"]
+mod cuda;
+
 fn main() {
     println!("cargo:rerun-if-changed=include");
     println!("cargo:rerun-if-changed=cpu");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     headers(&out);
     kernels();
+    cuda::build(&out);
 }
 
 fn headers(out: &std::path::Path) {

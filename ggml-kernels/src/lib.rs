@@ -8,7 +8,16 @@ pub mod quant;
 pub use llama_cpp_sys_2 as ggml;
 
 /// The parameter structs of `include/*.h`, as bindgen reads them.
-#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, clippy::all, clippy::undocumented_unsafe_blocks)]
+#[allow(
+    missing_docs,
+    non_camel_case_types,
+    non_upper_case_globals,
+    clippy::all,
+    clippy::undocumented_unsafe_blocks
+)]
 pub mod contracts {
     include!(concat!(env!("OUT_DIR"), "/contracts.rs"));
 }
+
+/// The CUDA driver and our kernels, opened at run time.
+pub mod cuda;
