@@ -1,5 +1,8 @@
 //! Compiles the C kernels (each file for its own instruction set) and generates bindings to the op contracts in include/.
-use std::{env, fs, path::PathBuf};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
 
 #[path = "build/cuda.rs"]
 mod cuda;
@@ -13,7 +16,7 @@ fn main() {
     cuda::build(&out);
 }
 
-fn headers(out: &std::path::Path) {
+fn headers(out: &Path) {
     let mut names: Vec<String> = fs::read_dir("include")
         .expect("include/")
         .map(|e| e.expect("include/ entry").file_name().into_string().expect("header name"))
@@ -33,4 +36,42 @@ fn headers(out: &std::path::Path) {
         .expect("write contracts.rs");
 }
 
-fn kernels() {}
+/// Flags of a kernel file, by the ending of its name: `<op>_<isa>.c`. Which one runs is chosen at run time (src/simd.rs).
+const ISA_FLAGS: &[(&str, &[&str])] = &[
+    ("avx2", &["-march=x86-64-v3"]),
+    ("avx512", &["-march=x86-64-v4", "-mprefer-vector-width=512"]),
+    // Plain C for any machine: references, sizes.
+    ("", &[]),
+];
+
+fn kernels() {
+    let x86 = env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|a| a == "x86_64");
+    let mut files: Vec<PathBuf> = fs::read_dir("cpu")
+        .expect("cpu/")
+        .map(|e| e.expect("cpu/ entry").path())
+        .filter(|p| p.extension().is_some_and(|e| e == "c"))
+        .collect();
+    files.sort();
+    let isa_of = |file: &Path| {
+        let stem = file.file_stem().and_then(|s| s.to_str()).expect("kernel name");
+        ISA_FLAGS.iter().find(|(isa, _)| isa.is_empty() || stem.ends_with(&format!("_{isa}"))).expect("isa")
+    };
+    for (isa, flags) in ISA_FLAGS {
+        let mine: Vec<&PathBuf> = files.iter().filter(|f| isa_of(f).0 == *isa).collect();
+        if mine.is_empty() || (!x86 && !isa.is_empty()) {
+            continue;
+        }
+        let mut build = cc::Build::new();
+        // Results must not depend on the profile, nor on whether a compiler fuses a * b + c.
+        build.opt_level(3).std("c11").include("include").include("cpu").flag("-ffp-contract=off");
+        build
+            .flag("-fno-math-errno")
+            .warnings(true)
+            .extra_warnings(true)
+            .flag_if_supported("-Wno-unused-function");
+        for flag in *flags {
+            build.flag(flag);
+        }
+        build.files(mine).compile(&format!("clsa_{}", if isa.is_empty() { "generic" } else { isa }));
+    }
+}

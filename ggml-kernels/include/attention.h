@@ -1,5 +1,6 @@
-// attention: causal attention over a contiguous range of positions: the self-decoder's window (window = W), the Transformer and
-// the `dense` routing mode (window = 0: all positions). For batch row r of position t and query head h, with g = h / (n_head/n_kv):
+// attention: causal attention over a contiguous range of positions: the self-decoder's window (window = W), the
+// Transformer and the `dense` routing mode (window = 0: all positions). For batch row r of position t and query head h,
+// with g = h / (n_head/n_kv):
 //
 //   out[r][h] = sum_s p_s V_s[g],  p = softmax over s in (t - W, t] of ( q[r][h] . K_s[g] * scale )
 //
@@ -21,6 +22,8 @@ struct clsa_attention {
     float *out;     // [n_rows][n_head * d]
     struct clsa_rows k, v;
 };
+
+CLSA_OP(attention)
 
 #ifdef __cplusplus
 }

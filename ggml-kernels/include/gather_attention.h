@@ -1,6 +1,7 @@
 // gather_attention: attention of every query head over the selected positions of its row only (model.md CROSS-DECODER):
 //
-//   out[r][h] = sum_{s in S[r]} p_s V_s[g],  p = softmax over S[r] of ( q[r][h] . K_s[g] * scale ),  g = h / (n_head/n_kv)
+//   out[r][h] = sum_{s in S[r]} p_s V_s[g],  p = softmax over S[r] of ( q[r][h] . K_s[g] * scale ),  g = h /
+//   (n_head/n_kv)
 //
 // Each selected K and V row is read once per KV head, not once per query head. Scores and sums in f32, stable softmax.
 #pragma once
@@ -21,6 +22,8 @@ struct clsa_gather_attention {
     const uint32_t *selected; // [n_rows][n_columns]
     const int32_t *count;     // [n_rows]
 };
+
+CLSA_OP(gather_attention)
 
 #ifdef __cplusplus
 }

@@ -1,10 +1,14 @@
-// rope_append: what happens to q, k, v between their projections and attention (model.md, self-decoder and shared memory):
+// rope_append: what happens to q, k, v between their projections and attention (model.md, self-decoder and shared
+// memory):
 //
 //   if q_norm: q[h] = RMS(q[h]; q_norm), k[h] = RMS(k[h]; k_norm)      per head, over d, in f32
-//   q[h] = RoPE(q[h], t), k[h] = RoPE(k[h], t)                         pairs (j, j + n_rot/2) or, interleaved, (2j, 2j+1);
+//   q[h] = RoPE(q[h], t), k[h] = RoPE(k[h], t)                         pairs (j, j + n_rot/2) or, interleaved, (2j,
+//   2j+1);
 //                                                                      the d - n_rot last dimensions pass unchanged
-//   K[t] = k, V[t] = v                                                 converted to the cache's type, round to nearest even;
-//                                                                      Q8_0: per 32 values, d = max|x|/127 as f16, q = round(x/d)
+//   K[t] = k, V[t] = v                                                 converted to the cache's type, round to nearest
+//   even;
+//                                                                      Q8_0: per 32 values, d = max|x|/127 as f16, q =
+//                                                                      round(x/d)
 //
 // Each part is optional: q == NULL, v_cache.base == NULL, cos == NULL (no position encoding), q_norm == NULL.
 // cos/sin: [n_rows][n_rot/2], of each batch row's own position.
@@ -30,6 +34,8 @@ struct clsa_rope_append {
     const float *cos, *sin;
     struct clsa_rows k_cache, v_cache;
 };
+
+CLSA_OP(rope_append)
 
 #ifdef __cplusplus
 }

@@ -3,10 +3,12 @@
 //   I[s] = qidx[r] . Kidx[s]   for s <= t = pos[r]     f32 accumulation, no scale
 //   S[r] = the k positions with the largest I; all of them while t + 1 <= k
 //          order: score descending, equal scores take the lower position; -0 equals +0; a NaN score counts as -inf
-//   block > 1: positions are pooled in blocks of `block` (the last one may be partial): the block's score is the mean of its
+//   block > 1: positions are pooled in blocks of `block` (the last one may be partial): the block's score is the mean
+//   of its
 //          I[s]; the k/block best blocks are taken whole (at least one)
 //
-// selected[r] holds S[r] as positions in ascending order, count[r] their number. Scratch is bounded: it does not grow with t.
+// selected[r] holds S[r] as positions in ascending order, count[r] their number. Scratch is bounded: it does not grow
+// with t.
 #pragma once
 #include "clsa.h"
 
@@ -26,7 +28,8 @@ struct clsa_route {
     int32_t *count;     // [n_rows]
 };
 
-// Scores alone: out[i] = q . Kidx[start + i], i < n, for one query of the sequence in `slot`. (Tests, benches, evaluation.)
+// Scores alone: out[i] = q . Kidx[start + i], i < n, for one query of the sequence in `slot`. (Tests, benches,
+// evaluation.)
 struct clsa_score {
     struct clsa_batch batch; // slot tables; pos unused
     int32_t d, slot, start, n;
@@ -35,13 +38,17 @@ struct clsa_score {
     struct clsa_rows keys;
 };
 
-// Exact top-k alone over n scores: the k best by (score descending, index ascending), written ascending by index; returns their
-// number, min(k, n).
+// Exact top-k alone over n scores: the k best by (score descending, index ascending), written ascending by index.
+// Thread 0 does it.
 struct clsa_topk {
     const float *scores; // [n]
     int32_t n, k;
-    uint32_t *selected; // [k]
+    uint32_t *selected; // [min(k, n)]
 };
+
+CLSA_OP(route)
+CLSA_OP(score)
+CLSA_OP(topk)
 
 #ifdef __cplusplus
 }

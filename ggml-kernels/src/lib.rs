@@ -22,3 +22,7 @@ pub mod contracts {
 
 /// The CUDA driver and our kernels, opened at run time.
 pub mod cuda;
+
+mod check;
+pub mod ops;
+pub mod simd;

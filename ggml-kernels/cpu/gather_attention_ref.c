@@ -1,0 +1,34 @@
+// gather_attention.h, word for word: two passes over the selected rows, nothing kept but one output row.
+#include "common.h"
+#include "gather_attention.h"
+
+static float score(const struct clsa_gather_attention *p, const float *q, int32_t slot, int32_t s, int32_t g) {
+    const uint8_t *row = clsa_row(&p->k, &p->batch, slot, s);
+    float sum = 0;
+    for (int32_t j = 0; j < p->d; j++)
+        sum += q[j] * clsa_value(row, p->k.type, g * p->d + j);
+    return sum * p->scale;
+}
+
+void clsa_gather_attention_ref(const struct clsa_gather_attention *p, int ith, int nth, void *scratch) {
+    (void)scratch;
+    for (int32_t item = ith; item < p->batch.n_rows * p->n_head; item += nth) {
+        int32_t r = item / p->n_head, h = item % p->n_head, g = h / (p->n_head / p->n_kv), slot = p->batch.slot[r];
+        const uint32_t *selected = p->selected + (size_t)r * p->n_columns;
+        const float *q = p->q + (size_t)item * p->d;
+        float *out = p->out + (size_t)item * p->d;
+        float max = -INFINITY, sum = 0;
+        for (int32_t i = 0; i < p->count[r]; i++)
+            max = fmaxf(max, score(p, q, slot, (int32_t)selected[i], g));
+        memset(out, 0, sizeof(float) * p->d);
+        for (int32_t i = 0; i < p->count[r]; i++) {
+            const uint8_t *v = clsa_row(&p->v, &p->batch, slot, (int32_t)selected[i]);
+            float e = expf(score(p, q, slot, (int32_t)selected[i], g) - max);
+            sum += e;
+            for (int32_t j = 0; j < p->d; j++)
+                out[j] += e * clsa_value(v, p->v.type, g * p->d + j);
+        }
+        for (int32_t j = 0; j < p->d; j++)
+            out[j] /= sum;
+    }
+}
