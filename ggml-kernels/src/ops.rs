@@ -213,9 +213,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_chosen_level_has_a_table() {
+    fn the_best_table_runs_here() {
         let ops = Ops::best().unwrap();
-        assert_eq!(ops.level, Level::chosen().unwrap());
+        assert!(ops.level <= Level::chosen().unwrap() && ops.level.available());
         assert_eq!(Ops::at(Level::Ref).unwrap().level, Level::Ref);
     }
 }
