@@ -15,7 +15,7 @@ pub enum Error {
     #[error(transparent)]
     Convert(#[from] clsa_convert::Error),
     /// Reading or writing failed. Exit code 1.
-    #[error("{path}: {source}")]
+    #[error("{}: {source}", path.display())]
     Io {
         /// The file that was touched.
         path: PathBuf,

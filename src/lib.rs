@@ -8,7 +8,9 @@
 //! ```
 pub mod backend;
 pub mod cache;
+pub mod cli;
 pub mod config;
 pub mod error;
+pub mod interrupt;
 
 pub use clsa_convert::gguf;

@@ -1,2 +1,17 @@
-//! The `clsa` command.
-fn main() {}
+//! The `clsa` command: parse, run, print an error once, choose the exit code.
+use std::{io::ErrorKind, process::ExitCode};
+
+use clap::Parser;
+use clsa::{cli::Cli, error::Error};
+
+fn main() -> ExitCode {
+    match Cli::parse().command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        // A reader that has seen enough (`clsa inspect FILE | head`) is no failure.
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! The command line: one module per subcommand, each with its arguments and `run`.
+pub mod inspect;
+pub mod verify;
+
+use std::io::{self, IsTerminal};
+
+use clap::{Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::error::{Error, Result};
+
+/// Quantized local inference for YOCO models with Cross-Layer Sparse Attention.
+#[derive(Debug, Parser)]
+#[command(name = "clsa", version, about, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show what is in a GGUF file
+    Inspect(inspect::InspectArgs),
+    /// Prove that every byte of a GGUF file is as it was written
+    Verify(verify::VerifyArgs),
+}
+
+impl Command {
+    /// Runs the subcommand.
+    ///
+    /// # Errors
+    /// Whatever it fails with; `main` prints it and chooses the exit code.
+    pub fn run(self) -> Result<()> {
+        match self {
+            Self::Inspect(args) => inspect::run(&args),
+            Self::Verify(args) => verify::run(&args),
+        }
+    }
+}
+
+/// An error of writing results.
+pub(crate) fn stdout_error(source: io::Error) -> Error {
+    Error::Io { path: "standard output".into(), source }
+}
+
+/// A progress bar over `len` bytes on standard error, with rate and time left; invisible when that is no terminal.
+pub(crate) fn byte_bar(len: u64) -> ProgressBar {
+    let target =
+        if io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let template = "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::with_draw_target(Some(len), target).with_style(style)
+}
+
+/// Bytes for people: `1.66 GiB`.
+pub(crate) fn human_bytes(n: u64) -> String {
+    indicatif::BinaryBytes(n).to_string()
+}
