@@ -109,3 +109,51 @@ pub struct PageTables {
     /// Page numbers; an entry past a sequence's length is 0 and not read.
     pub entries: Vec<u32>,
 }
+
+/// Hands out pages and counts who holds them.
+#[derive(Debug)]
+pub struct PagePool {
+    holders: Vec<u32>,
+    free: Vec<u32>,
+}
+
+impl PagePool {
+    /// A pool of `n` free pages.
+    #[must_use]
+    pub fn new(n: usize) -> Self {
+        Self { holders: vec![0; n], free: (0..n as u32).rev().collect() }
+    }
+
+    /// Pages nobody holds.
+    #[must_use]
+    pub fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    /// A page with one holder; `None` when all are held.
+    pub fn take(&mut self) -> Option<u32> {
+        let page = self.free.pop()?;
+        self.holders[page as usize] = 1;
+        Some(page)
+    }
+
+    /// One more holder.
+    pub fn share(&mut self, page: u32) {
+        self.holders[page as usize] += 1;
+    }
+
+    /// Whether somebody else holds the page too, so that it must be copied before it is written.
+    #[must_use]
+    pub fn is_shared(&self, page: u32) -> bool {
+        self.holders[page as usize] > 1
+    }
+
+    /// One holder less; the last one frees the page.
+    pub fn release(&mut self, page: u32) {
+        let holders = &mut self.holders[page as usize];
+        *holders -= 1;
+        if *holders == 0 {
+            self.free.push(page);
+        }
+    }
+}

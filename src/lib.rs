@@ -10,7 +10,9 @@ pub mod backend;
 pub mod cache;
 pub mod cli;
 pub mod config;
+pub mod engine;
 pub mod error;
 pub mod interrupt;
+pub mod model;
 
 pub use clsa_convert::gguf;

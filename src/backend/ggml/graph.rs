@@ -1,0 +1,300 @@
+//! ggml's contexts, graphs and threads as owned Rust values, and the few node kinds that the model's verbs emit.
+use std::ffi::{c_int, c_void};
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ggml_kernels::ggml as g;
+
+use crate::error::{Error, Result};
+
+/// A node of a graph. Valid as long as the [`Graph`] (or [`Weights`](super::weights)) that made it.
+#[derive(Clone, Copy, Debug)]
+pub struct Node(pub *mut g::ggml_tensor);
+
+// SAFETY: a Node is an address; what it points to belongs to the backend that is moved as a whole.
+unsafe impl Send for Node {}
+
+impl Node {
+    /// Values of a row, ne[0].
+    pub fn width(self) -> usize {
+        // SAFETY: a Node points to a tensor of a live context.
+        unsafe { (*self.0).ne[0] as usize }
+    }
+
+    /// Rows, ne[1].
+    pub fn rows(self) -> usize {
+        // SAFETY: as above.
+        unsafe { (*self.0).ne[1] as usize }
+    }
+
+    /// Where the node's values lie, once its graph is allocated.
+    pub fn data<T>(self) -> *mut T {
+        // SAFETY: as above.
+        unsafe { (*self.0).data.cast() }
+    }
+}
+
+/// What a custom node runs on each thread: destination, its sources, thread index and thread count.
+type Custom = Box<dyn Fn(Node, &[Node], usize, usize) + Send + Sync>;
+
+/// A ggml context whose tensors own no data.
+pub struct Context(*mut g::ggml_context);
+
+impl Context {
+    /// Room for `n` tensors and one graph of as many nodes.
+    pub fn new(n: usize) -> Result<Self> {
+        // SAFETY: plain constructors; a null result is checked.
+        let ctx = unsafe {
+            let mem_size = n * g::ggml_tensor_overhead() + g::ggml_graph_overhead_custom(n, false);
+            g::ggml_init(g::ggml_init_params { mem_size, mem_buffer: ptr::null_mut(), no_alloc: true })
+        };
+        if ctx.is_null() {
+            return Err(Error::Runtime(format!("ggml could not make a context for {n} tensors")));
+        }
+        Ok(Self(ctx))
+    }
+
+    /// A tensor over memory that outlives the context.
+    ///
+    /// # Safety
+    /// `data` holds `rows` rows of `width` values of `ty`, and lives as long as any graph that uses the node.
+    pub unsafe fn tensor(&self, ty: g::ggml_type, width: usize, rows: usize, data: *mut c_void) -> Node {
+        // SAFETY: the context is live; the caller vouches for `data`.
+        unsafe {
+            let t = g::ggml_new_tensor_2d(self.0, ty, width as i64, rows as i64);
+            (*t).data = data;
+            Node(t)
+        }
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: made by ggml_init, freed once.
+        unsafe { g::ggml_free(self.0) }
+    }
+}
+
+// SAFETY: a context is only touched through &mut of its owner, or read.
+unsafe impl Send for Context {}
+
+/// A graph under construction, or ready to run.
+pub struct Graph {
+    ctx: Context,
+    graph: *mut g::ggml_cgraph,
+    // Boxed twice: ggml keeps a thin pointer to the inner box.
+    #[expect(clippy::vec_box, reason = "the address of each closure must not move")]
+    customs: Vec<Box<Custom>>,
+}
+
+// SAFETY: as for Context; the closures are Send and Sync.
+unsafe impl Send for Graph {}
+
+unsafe extern "C" fn run_custom(dst: *mut g::ggml_tensor, ith: c_int, nth: c_int, userdata: *mut c_void) {
+    // SAFETY: userdata is the Box<Custom> that `Graph::custom` stored; it lives as long as the graph.
+    unsafe {
+        let f = &*userdata.cast::<Custom>();
+        let n = (*dst).src.iter().position(|s| s.is_null()).unwrap_or((*dst).src.len());
+        let mut sources = [Node(ptr::null_mut()); 10];
+        for (to, from) in sources.iter_mut().zip(&(&(*dst).src)[..n]) {
+            *to = Node(*from);
+        }
+        f(Node(dst), &sources[..n], ith as usize, nth as usize);
+    }
+}
+
+impl Graph {
+    /// An empty graph for at most `n` nodes.
+    pub fn new(n: usize) -> Result<Self> {
+        let ctx = Context::new(2 * n)?;
+        // SAFETY: the context has room for a graph of n nodes (Context::new counts 2n).
+        let graph = unsafe { g::ggml_new_graph_custom(ctx.0, n, false) };
+        if graph.is_null() {
+            return Err(Error::Runtime(format!("ggml could not make a graph of {n} nodes")));
+        }
+        Ok(Self { ctx, graph, customs: vec![] })
+    }
+
+    /// An input over memory that outlives the graph; see [`Context::tensor`].
+    ///
+    /// # Safety
+    /// As [`Context::tensor`].
+    pub unsafe fn input(&self, ty: g::ggml_type, width: usize, rows: usize, data: *mut c_void) -> Node {
+        // SAFETY: passed on to the caller.
+        unsafe { self.ctx.tensor(ty, width, rows, data) }
+    }
+
+    /// `W x` for each row of x.
+    pub fn mul_mat(&self, w: Node, x: Node) -> Node {
+        // SAFETY: both nodes are live; ggml asserts the shapes.
+        Node(unsafe { g::ggml_mul_mat(self.ctx.0, w.0, x.0) })
+    }
+
+    /// `w * x / sqrt(mean(x^2) + eps)`
+    pub fn rms_norm(&self, x: Node, w: Node, eps: f32) -> Node {
+        // SAFETY: as above.
+        Node(unsafe { g::ggml_mul(self.ctx.0, g::ggml_rms_norm(self.ctx.0, x.0, eps), w.0) })
+    }
+
+    /// `a + b`
+    pub fn add(&self, a: Node, b: Node) -> Node {
+        // SAFETY: as above.
+        Node(unsafe { g::ggml_add(self.ctx.0, a.0, b.0) })
+    }
+
+    /// `x * s`
+    pub fn scale(&self, x: Node, s: f32) -> Node {
+        // SAFETY: as above.
+        Node(unsafe { g::ggml_scale(self.ctx.0, x.0, s) })
+    }
+
+    /// `silu(gate) * up`
+    pub fn swiglu(&self, gate: Node, up: Node) -> Node {
+        // SAFETY: as above.
+        Node(unsafe { g::ggml_swiglu_split(self.ctx.0, gate.0, up.0) })
+    }
+
+    /// Rows of `x` by index, in f32.
+    pub fn rows(&self, x: Node, indices: Node) -> Node {
+        // SAFETY: as above.
+        Node(unsafe { g::ggml_get_rows(self.ctx.0, x.0, indices.0) })
+    }
+
+    /// A node `[rows][width]` of f32 or i32 that `f` computes from `sources` on all threads.
+    pub fn custom(
+        &mut self,
+        ty: g::ggml_type,
+        width: usize,
+        rows: usize,
+        sources: &[Node],
+        f: impl Fn(Node, &[Node], usize, usize) + Send + Sync + 'static,
+    ) -> Node {
+        let mut sources: Vec<_> = sources.iter().map(|n| n.0).collect();
+        self.customs.push(Box::new(Box::new(f)));
+        let f: *const Custom = &**self.customs.last().expect("just pushed");
+        // SAFETY: sources are live nodes; `f` stays where it is until the graph is dropped.
+        Node(unsafe {
+            g::ggml_custom_4d(
+                self.ctx.0,
+                ty,
+                width as i64,
+                rows as i64,
+                1,
+                1,
+                sources.as_mut_ptr(),
+                sources.len() as c_int,
+                Some(run_custom),
+                ALL_THREADS,
+                f.cast_mut().cast(),
+            )
+        })
+    }
+
+    /// Puts a node, and all it needs, at the end of what is run.
+    pub fn expand(&mut self, node: Node) {
+        // SAFETY: the graph and the node are live.
+        unsafe { g::ggml_build_forward_expand(self.graph, node.0) }
+    }
+
+    /// Keeps a node's values after the run.
+    pub fn keep(&mut self, node: Node) {
+        // SAFETY: as above.
+        unsafe { g::ggml_set_output(node.0) }
+        self.expand(node);
+    }
+}
+
+/// GGML_N_TASKS_MAX: every thread of the pool.
+const ALL_THREADS: c_int = -1;
+
+/// Memory for intermediate values, shared by all graphs of a backend: only one runs at a time.
+pub struct Arena(g::ggml_gallocr_t);
+
+// SAFETY: only touched through &mut.
+unsafe impl Send for Arena {}
+
+impl Arena {
+    pub fn new() -> Self {
+        // SAFETY: plain constructors.
+        Self(unsafe { g::ggml_gallocr_new(g::ggml_backend_cpu_buffer_type()) })
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        // SAFETY: the allocator is live and has one buffer.
+        unsafe { g::ggml_gallocr_get_buffer_size(self.0, 0) }
+    }
+
+    /// Gives every node of the graph its place. Returns whether the arena had to move, which invalidates all other graphs.
+    pub fn place(&mut self, graph: &mut Graph) -> Result<bool> {
+        let before = self.bytes();
+        // SAFETY: both are live.
+        if !unsafe { g::ggml_gallocr_alloc_graph(self.0, graph.graph) } {
+            return Err(Error::Runtime("ggml could not place a graph in scratch memory: lower -ub".into()));
+        }
+        Ok(self.bytes() != before)
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: made by ggml_gallocr_new, freed once.
+        unsafe { g::ggml_gallocr_free(self.0) }
+    }
+}
+
+/// The worker threads and the working memory of ggml's own nodes.
+pub struct Threads {
+    pool: *mut g::ggml_threadpool,
+    pub count: usize,
+    work: Vec<u8>,
+}
+
+// SAFETY: only touched through &mut.
+unsafe impl Send for Threads {}
+
+impl Threads {
+    pub fn new(count: usize) -> Result<Self> {
+        // SAFETY: plain constructors; a null result is checked.
+        let pool = unsafe {
+            let mut params = g::ggml_threadpool_params_default(count as c_int);
+            g::ggml_threadpool_new(&raw mut params)
+        };
+        if pool.is_null() {
+            return Err(Error::Runtime(format!("could not start {count} threads")));
+        }
+        Ok(Self { pool, count, work: vec![] })
+    }
+
+    /// Runs a placed graph; `interrupt` breaks it off between two nodes.
+    pub fn run(&mut self, graph: &mut Graph, interrupt: &Arc<AtomicBool>) -> Result<()> {
+        unsafe extern "C" fn stop(flag: *mut c_void) -> bool {
+            // SAFETY: `flag` is the AtomicBool below, borrowed for the run.
+            unsafe { (*flag.cast::<AtomicBool>()).load(Ordering::Relaxed) }
+        }
+        // SAFETY: graph and pool are live; the work buffer is as large as the plan asks.
+        let status = unsafe {
+            let mut plan = g::ggml_graph_plan(graph.graph, self.count as c_int, self.pool);
+            if self.work.len() < plan.work_size {
+                self.work.resize(plan.work_size, 0);
+            }
+            plan.work_data = self.work.as_mut_ptr();
+            plan.abort_callback = Some(stop);
+            plan.abort_callback_data = Arc::as_ptr(interrupt).cast_mut().cast();
+            g::ggml_graph_compute(graph.graph, &raw mut plan)
+        };
+        match status {
+            g::GGML_STATUS_SUCCESS => Ok(()),
+            g::GGML_STATUS_ABORTED => Err(Error::Interrupted),
+            other => Err(Error::Runtime(format!("ggml could not run a graph: status {other}"))),
+        }
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        // SAFETY: made by ggml_threadpool_new, freed once.
+        unsafe { g::ggml_threadpool_free(self.pool) }
+    }
+}

@@ -1,0 +1,374 @@
+//! The CPU backend: ggml graph nodes for projections and norms, our kernels as custom nodes for everything that touches a cache.
+mod caches;
+mod graph;
+mod nodes;
+mod step;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use ggml_kernels::ggml as g;
+use ggml_kernels::ops::Ops;
+
+use self::caches::Caches;
+use self::graph::{Arena, Context, Graph, Node, Threads};
+use self::step::Shared;
+use super::{Backend, Batch, Memory, Record, Routing};
+use crate::cache::{CacheSpec, PageTables};
+use crate::error::{Error, Result};
+use crate::model::{Model, Weight};
+
+/// The model on this machine's cores.
+pub struct Ggml {
+    model: Model,
+    spec: CacheSpec,
+    shared: Arc<Shared>,
+    caches: Caches,
+    weights: HashMap<usize, Node>,
+    // Norm vectors in f32; `weights` points into them.
+    vectors: Vec<Box<[f32]>>,
+    _context: Context,
+    threads: Threads,
+    arena: Arena,
+    interrupt: Arc<AtomicBool>,
+    graphs: HashMap<Shape, Ready>,
+    shape: Shape,
+    recording: Option<Recording>,
+}
+
+/// What decides the nodes of a graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    rows: usize,
+    outputs: usize,
+    routing: Routing,
+    top_k: usize,
+}
+
+/// A graph that can be run again for any batch of its shape.
+struct Ready {
+    graph: Graph,
+    logits: Option<Node>,
+    selected: Option<Node>,
+    age: u64,
+}
+
+/// A graph that the verbs are filling.
+struct Recording {
+    graph: Graph,
+    x: Node,
+    /// Rows of `x`; whether they are the output rows only.
+    kept: bool,
+    /// `RMS(x; shared_kv.norm)`, of the rows of `x`.
+    h: Option<Node>,
+    selected: Option<Node>,
+    logits: Option<Node>,
+}
+
+/// Graphs kept for reuse: decode at a few batch sizes, the full micro-batch, and the last odd ones.
+const MAX_GRAPHS: usize = 12;
+
+impl Ggml {
+    /// Maps the weights and reserves caches and scratch memory for the largest micro-batch.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] when the caches cannot be had.
+    pub fn new(model: Model, spec: CacheSpec, threads: usize, interrupt: Arc<AtomicBool>) -> Result<Self> {
+        let c = &model.config;
+        let context = Context::new(model.weights.all().count() + 1)?;
+        let mut weights = HashMap::new();
+        let mut vectors = vec![];
+        for w in model.weights.all() {
+            let node = if w.n_out == 1 {
+                vectors.push(model.values(w).into_boxed_slice());
+                let data = vectors.last().expect("just pushed").as_ptr();
+                // SAFETY: `data` has w.n_in floats and lives in `self.vectors`.
+                unsafe { context.tensor(g::GGML_TYPE_F32, w.n_in, 1, data.cast_mut().cast()) }
+            } else {
+                let data = model.bytes(w).as_ptr();
+                // SAFETY: the loader checked that the map holds n_out rows of n_in values of this type; `self.model` keeps the map,
+                // and weights are only read.
+                unsafe {
+                    context.tensor(w.ty.to_ggml() as g::ggml_type, w.n_in, w.n_out, data.cast_mut().cast())
+                }
+            };
+            weights.insert(w.offset, node);
+        }
+        let caches = Caches::new(c, &spec)?;
+        let shared = Arc::new(Shared::new(
+            &model,
+            &spec,
+            threads,
+            Ops::best().map_err(|e| Error::Input(e.to_string()))?,
+        ));
+        let mut backend = Self {
+            caches,
+            shared,
+            weights,
+            vectors,
+            _context: context,
+            threads: Threads::new(threads)?,
+            arena: Arena::new(),
+            interrupt,
+            graphs: HashMap::new(),
+            shape: Shape { rows: 0, outputs: 0, routing: Routing::Dense, top_k: 0 },
+            recording: None,
+            model,
+            spec,
+        };
+        backend.reserve()?;
+        Ok(backend)
+    }
+
+    /// Places the largest graph once, so that scratch memory is held from the start and does not grow.
+    fn reserve(&mut self) -> Result<()> {
+        let (rows, outputs) = (self.spec.max_rows, self.spec.max_outputs);
+        let c = self.model.config.clone();
+        let routing = if c.indexer.is_some() { Routing::Clsa } else { Routing::Dense };
+        let batch = Batch {
+            tokens: vec![0; rows],
+            pos: vec![0; rows],
+            slot: vec![0; rows],
+            outputs: (0..outputs as u32).collect(),
+        };
+        let tables =
+            PageTables { stride: self.spec.pages_per_slot, entries: vec![0; self.spec.pages_per_slot] };
+        let top_k = c.indexer.map_or(0, |ix| ix.top_k);
+        crate::model::record(self, &c, &batch, &tables, routing, top_k)?;
+        self.ready()?;
+        Ok(())
+    }
+
+    fn weight(&self, w: &Weight) -> Node {
+        self.weights[&w.offset]
+    }
+
+    fn recording(&mut self) -> &mut Recording {
+        self.recording.as_mut().expect("verbs are called after begin() asked for a recording")
+    }
+
+    /// Ends the recording, if there is one, and returns the graph for the present shape.
+    fn ready(&mut self) -> Result<&mut Ready> {
+        let age = self.graphs.values().map(|r| r.age).max().unwrap_or(0) + 1;
+        if let Some(Recording { mut graph, x, logits, selected, .. }) = self.recording.take() {
+            match logits {
+                Some(logits) => graph.keep(logits),
+                None => graph.expand(x),
+            }
+            if self.arena.place(&mut graph)? {
+                self.graphs.clear();
+            }
+            if self.graphs.len() >= MAX_GRAPHS {
+                let oldest = self.graphs.iter().min_by_key(|(_, r)| r.age).map(|(shape, _)| *shape);
+                oldest.and_then(|shape| self.graphs.remove(&shape));
+            }
+            self.graphs.insert(self.shape, Ready { graph, logits, selected, age });
+        }
+        let ready =
+            self.graphs.get_mut(&self.shape).ok_or_else(|| Error::Runtime("no batch was begun".into()))?;
+        ready.age = age;
+        Ok(ready)
+    }
+}
+
+impl Backend for Ggml {
+    fn describe(&self) -> String {
+        format!("CPU, {} threads, {}", self.threads.count, self.shared.ops.level)
+    }
+
+    fn memory(&self) -> Memory {
+        Memory {
+            weights: self.model.weights.all().map(|w| w.bytes as u64).sum(),
+            repacked: self.vectors.iter().map(|v| v.len() as u64 * 4).sum(),
+            cache: self.caches.bytes(),
+            scratch: self.arena.bytes() as u64 + self.shared.bytes(),
+        }
+    }
+
+    fn begin(
+        &mut self,
+        batch: &Batch,
+        tables: &PageTables,
+        routing: Routing,
+        top_k: usize,
+    ) -> Result<Record> {
+        // SAFETY: no graph runs while the backend is borrowed mutably.
+        unsafe { self.shared.set(batch, tables) };
+        let (rows, outputs) = (batch.tokens.len(), batch.outputs.len());
+        self.shape = Shape { rows, outputs, routing, top_k };
+        if self.graphs.contains_key(&self.shape) {
+            return Ok(Record::Reused);
+        }
+        let graph = Graph::new(64 + 32 * self.model.config.n_layer)?;
+        // `embed` replaces this placeholder before anything reads it.
+        let x = Node(std::ptr::null_mut());
+        self.recording =
+            Some(Recording { graph, x, kept: outputs == rows, h: None, selected: None, logits: None });
+        Ok(Record::Needed)
+    }
+
+    fn embed(&mut self) -> Result<()> {
+        let embedding = self.weight(&self.model.weights.token_embd);
+        let (scale, rows, tokens) = (self.model.config.embed_scale, self.shape.rows, self.shared.tokens());
+        let rec = self.recording();
+        // SAFETY: the token array has max_rows entries and lives as long as the backend.
+        let tokens = unsafe { rec.graph.input(g::GGML_TYPE_I32, rows, 1, tokens.cast()) };
+        rec.x = rec.graph.rows(embedding, tokens);
+        if scale != 1.0 {
+            rec.x = rec.graph.scale(rec.x, scale);
+        }
+        Ok(())
+    }
+
+    fn self_attention(&mut self, i: usize) -> Result<()> {
+        let (model, eps) = (self.model.clone(), self.model.config.rms_eps);
+        let layer = &model.weights.layers[i];
+        let (wk, wv) = layer.kv.as_ref().expect("the loader gives self layers k and v");
+        let [norm, wq, wk, wv, wo] = [&layer.attn_norm, &layer.q, wk, wv, &layer.o].map(|w| self.weight(w));
+        let (append, attention) = (self.self_append(i), self.self_attend(i));
+        let rec = self.recording();
+        let a = rec.graph.rms_norm(rec.x, norm, eps);
+        let [q, k, v] = [wq, wk, wv].map(|w| rec.graph.mul_mat(w, a));
+        let q = append.node(&mut rec.graph, &[q, k, v]);
+        let o = attention.node(&mut rec.graph, q);
+        let y = rec.graph.mul_mat(wo, o);
+        rec.x = rec.graph.add(rec.x, y);
+        Ok(())
+    }
+
+    fn feed_forward(&mut self, i: usize) -> Result<()> {
+        let (model, eps) = (self.model.clone(), self.model.config.rms_eps);
+        let ffn = &model.weights.layers[i].ffn;
+        let [norm, gate, up, down] = [&ffn.norm, &ffn.gate, &ffn.up, &ffn.down].map(|w| self.weight(w));
+        let rec = self.recording();
+        let b = rec.graph.rms_norm(rec.x, norm, eps);
+        let [gate, up] = [gate, up].map(|w| rec.graph.mul_mat(w, b));
+        let y = rec.graph.swiglu(gate, up);
+        let y = rec.graph.mul_mat(down, y);
+        rec.x = rec.graph.add(rec.x, y);
+        Ok(())
+    }
+
+    fn append_shared(&mut self) -> Result<()> {
+        let (model, eps) = (self.model.clone(), self.model.config.rms_eps);
+        let shared = model.weights.shared.as_ref().expect("the loader gives a YOCO model its shared memory");
+        let [norm, wk, wv] = [&shared.norm, &shared.k, &shared.v].map(|w| self.weight(w));
+        let index = shared.indexer.as_ref().map(|(_, wk)| (self.weight(wk), self.index_append()));
+        let append = self.shared_append();
+        let rec = self.recording();
+        let h = rec.graph.rms_norm(rec.x, norm, eps);
+        let [k, v] = [wk, wv].map(|w| rec.graph.mul_mat(w, h));
+        let stored = append.node(&mut rec.graph, &[k, v]);
+        rec.graph.expand(stored);
+        if let Some((wk, append)) = index {
+            let key = rec.graph.mul_mat(wk, h);
+            let stored = append.node(&mut rec.graph, &[key]);
+            rec.graph.expand(stored);
+        }
+        rec.h = Some(h);
+        Ok(())
+    }
+
+    fn keep_outputs(&mut self) -> Result<()> {
+        let (outputs, indices) = (self.shape.outputs, self.shared.outputs());
+        let rec = self.recording();
+        if rec.kept {
+            return Ok(());
+        }
+        // SAFETY: the array of output rows has max_outputs entries and lives as long as the backend.
+        let indices = unsafe { rec.graph.input(g::GGML_TYPE_I32, outputs, 1, indices.cast()) };
+        rec.x = rec.graph.rows(rec.x, indices);
+        rec.h = rec.h.map(|h| rec.graph.rows(h, indices));
+        rec.kept = true;
+        Ok(())
+    }
+
+    fn route(&mut self) -> Result<()> {
+        let model = self.model.clone();
+        let indexer = model.weights.shared.as_ref().and_then(|s| s.indexer.as_ref());
+        let (wq, _) = indexer.expect("the engine routes only where there is an indexer");
+        let (wq, route) = (self.weight(wq), self.route_op());
+        let rec = self.recording();
+        let h = rec.h.expect("append_shared comes before route");
+        let q = rec.graph.mul_mat(wq, h);
+        rec.selected = Some(route.node(&mut rec.graph, q));
+        Ok(())
+    }
+
+    fn cross_attention(&mut self, j: usize) -> Result<()> {
+        let (model, eps) = (self.model.clone(), self.model.config.rms_eps);
+        let layer = &model.weights.layers[j];
+        let [norm, wq, wo] = [&layer.attn_norm, &layer.q, &layer.o].map(|w| self.weight(w));
+        let rope = model.config.cross_rope.is_some().then(|| self.cross_rope());
+        let (gather, dense) = (self.gather(), self.cross_attend());
+        let rec = self.recording();
+        let a = rec.graph.rms_norm(rec.x, norm, eps);
+        let mut q = rec.graph.mul_mat(wq, a);
+        if let Some(rope) = rope {
+            q = rope.node(&mut rec.graph, &[q]);
+        }
+        let o = match rec.selected {
+            Some(selected) => gather.node(&mut rec.graph, q, selected),
+            None => dense.node(&mut rec.graph, q),
+        };
+        let y = rec.graph.mul_mat(wo, o);
+        rec.x = rec.graph.add(rec.x, y);
+        Ok(())
+    }
+
+    fn logits(&mut self) -> Result<()> {
+        let (weights, eps) = (self.model.weights.clone(), self.model.config.rms_eps);
+        let [norm, output] = [&weights.output_norm, &weights.output].map(|w| self.weight(w));
+        let rec = self.recording();
+        let h = rec.graph.rms_norm(rec.x, norm, eps);
+        rec.logits = Some(rec.graph.mul_mat(output, h));
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<&[f32]> {
+        self.ready()?;
+        let ready = self.graphs.get_mut(&self.shape).expect("ready() has just put it there");
+        self.threads.run(&mut ready.graph, &self.interrupt)?;
+        let Some(logits) = ready.logits else { return Ok(&[]) };
+        // SAFETY: the node holds rows * width floats in the arena, which stays until the next run.
+        Ok(unsafe { std::slice::from_raw_parts(logits.data::<f32>(), logits.rows() * logits.width()) })
+    }
+
+    fn selection(&mut self, output: usize) -> Result<Vec<u32>> {
+        let Some(selected) = self.graphs.get(&self.shape).and_then(|r| r.selected) else { return Ok(vec![]) };
+        if output >= selected.rows() {
+            return Ok(vec![]);
+        }
+        let count = self.shared.count(output).min(selected.width());
+        // SAFETY: row `output` of the node has `width` positions, of which `count` are set.
+        Ok(unsafe {
+            std::slice::from_raw_parts(selected.data::<u32>().add(output * selected.width()), count)
+        }
+        .to_vec())
+    }
+
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {
+        self.caches.copy_page(from, to);
+        Ok(())
+    }
+
+    fn read_page(&mut self, page: u32, rows: usize, out: &mut Vec<u8>) -> Result<()> {
+        self.caches.read_page(page, rows, out);
+        Ok(())
+    }
+
+    fn write_page(&mut self, page: u32, rows: usize, bytes: &[u8]) -> Result<()> {
+        self.caches.write_page(page, rows, bytes);
+        Ok(())
+    }
+
+    fn save_window(&mut self, slot: u32, len: usize) -> Result<Vec<u8>> {
+        Ok(self.caches.save_window(slot, len))
+    }
+
+    fn load_window(&mut self, slot: u32, len: usize, bytes: &[u8]) -> Result<()> {
+        self.caches.load_window(slot, len, bytes);
+        Ok(())
+    }
+}

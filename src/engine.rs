@@ -1,0 +1,545 @@
+//! Sequences over one backend: which pages they hold, what is appended to them, and how they are rewound.
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::backend::{Backend, Batch, Routing};
+use crate::cache::{CacheSpec, CacheType, PAGE, PagePool, PageTables, ring_len};
+use crate::error::{Error, Result};
+use crate::model::{Model, forward};
+
+/// A live sequence of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SeqId(u32);
+
+/// What an engine is sized for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Positions that one sequence may hold.
+    pub context: usize,
+    /// Sequences alive at a time.
+    pub n_seq: usize,
+    /// Positions of all sequences together; `None`: `context * n_seq`.
+    pub total_positions: Option<usize>,
+    /// Rows of a micro-batch.
+    pub max_rows: usize,
+    /// Rows of a micro-batch whose logits may be wanted; `None`: one for each sequence.
+    pub max_outputs: Option<usize>,
+    /// Type of cached keys.
+    pub k: CacheType,
+    /// Type of cached values.
+    pub v: CacheType,
+    /// Type of index keys.
+    pub index: CacheType,
+    /// How cross layers choose positions; `None`: `clsa` with an indexer, `dense` without.
+    pub routing: Option<Routing>,
+    /// Positions that routing selects; `None`: the model's own.
+    pub top_k: Option<usize>,
+    /// Bytes of window checkpoints that one sequence may keep.
+    pub checkpoint_bytes: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            context: 8192,
+            n_seq: 1,
+            total_positions: None,
+            max_rows: 512,
+            max_outputs: None,
+            k: CacheType::F16,
+            v: CacheType::F16,
+            index: CacheType::F16,
+            routing: None,
+            top_k: None,
+            checkpoint_bytes: 256 << 20,
+        }
+    }
+}
+
+impl Options {
+    /// The caches that a backend must hold for these options.
+    #[must_use]
+    pub fn cache_spec(&self) -> CacheSpec {
+        let pages_per_slot = self.context.div_ceil(PAGE);
+        let total = self.total_positions.unwrap_or(self.context * self.n_seq);
+        CacheSpec {
+            n_slots: self.n_seq,
+            n_pages: total.div_ceil(PAGE).max(pages_per_slot),
+            pages_per_slot,
+            max_rows: self.max_rows,
+            max_outputs: self.max_outputs.unwrap_or(self.n_seq).clamp(1, self.max_rows),
+            k: self.k,
+            v: self.v,
+            index: self.index,
+        }
+    }
+}
+
+/// The windows of a sequence at some length, from which it can be continued.
+struct Checkpoint {
+    len: usize,
+    window: Arc<[u8]>,
+}
+
+#[derive(Default)]
+struct Sequence {
+    len: usize,
+    /// One past the highest position whose window rows were written since the last restore.
+    high: usize,
+    pages: Vec<u32>,
+    checkpoints: Vec<Checkpoint>,
+}
+
+/// A row of a batch: a token to append to a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The sequence it continues.
+    pub seq: SeqId,
+    /// The token.
+    pub token: u32,
+    /// Whether its logits are wanted.
+    pub output: bool,
+}
+
+/// A model on a backend, with its live sequences.
+pub struct Engine {
+    model: Model,
+    backend: Box<dyn Backend>,
+    spec: CacheSpec,
+    routing: Routing,
+    top_k: usize,
+    context: usize,
+    checkpoint_bytes: usize,
+    pool: PagePool,
+    tables: PageTables,
+    sequences: Vec<Option<Sequence>>,
+    batch: Batch,
+    interrupt: Arc<AtomicBool>,
+}
+
+impl Engine {
+    /// An engine over `backend`, which was made for `options.cache_spec()`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the routing mode needs an indexer that the model has not.
+    pub fn new(model: Model, backend: Box<dyn Backend>, options: &Options) -> Result<Self> {
+        let spec = options.cache_spec();
+        let c = &model.config;
+        let routing =
+            options.routing.unwrap_or(if c.indexer.is_some() { Routing::Clsa } else { Routing::Dense });
+        let top_k = options.top_k.unwrap_or(c.indexer.map_or(0, |ix| ix.top_k));
+        if c.indexer.is_none() && routing != Routing::Dense {
+            return Err(Error::Input(format!(
+                "routing '{routing}' needs an indexer, which this model has not: use --routing dense"
+            )));
+        }
+        if routing != Routing::Dense && top_k == 0 {
+            return Err(Error::Input(
+                "top-k routing needs at least one position: raise --top-k-tokens".into(),
+            ));
+        }
+        Ok(Self {
+            routing,
+            top_k,
+            context: options.context,
+            checkpoint_bytes: options.checkpoint_bytes,
+            pool: PagePool::new(spec.n_pages),
+            tables: PageTables {
+                stride: spec.pages_per_slot,
+                entries: vec![0; spec.n_slots * spec.pages_per_slot],
+            },
+            sequences: (0..spec.n_slots).map(|_| None).collect(),
+            batch: Batch::default(),
+            interrupt: Arc::default(),
+            model,
+            backend,
+            spec,
+        })
+    }
+
+    /// The model that runs here.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The device that it runs on.
+    #[must_use]
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// The caches.
+    #[must_use]
+    pub fn spec(&self) -> &CacheSpec {
+        &self.spec
+    }
+
+    /// The routing mode and the k of top-k.
+    #[must_use]
+    pub fn routing(&self) -> (Routing, usize) {
+        (self.routing, self.top_k)
+    }
+
+    /// Positions that a sequence may hold.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Pages nobody holds.
+    #[must_use]
+    pub fn free_pages(&self) -> usize {
+        self.pool.free()
+    }
+
+    /// Set it from anywhere to stop the work in hand at the next micro-batch with [`Error::Interrupted`].
+    #[must_use]
+    pub fn interrupt(&self) -> Arc<AtomicBool> {
+        self.interrupt.clone()
+    }
+
+    /// Replaces the flag of [`Self::interrupt`], so that several engines share one.
+    pub fn set_interrupt(&mut self, flag: Arc<AtomicBool>) {
+        self.interrupt = flag;
+    }
+
+    /// A new, empty sequence.
+    ///
+    /// # Errors
+    /// [`Error::Runtime`] when all slots are in use.
+    pub fn create(&mut self) -> Result<SeqId> {
+        let slot = self.sequences.iter().position(Option::is_none).ok_or_else(|| {
+            Error::Runtime(format!("all {} sequences are in use: raise -np or free one", self.spec.n_slots))
+        })?;
+        self.sequences[slot] = Some(Sequence::default());
+        Ok(SeqId(slot as u32))
+    }
+
+    /// Ends a sequence and frees its pages.
+    pub fn free(&mut self, seq: SeqId) {
+        if let Some(s) = self.sequences.get_mut(seq.0 as usize).and_then(Option::take) {
+            s.pages.iter().for_each(|&p| self.pool.release(p));
+        }
+    }
+
+    /// A second sequence with the same past: pages are shared, windows copied.
+    ///
+    /// # Errors
+    /// As [`Self::create`], and what the backend reports.
+    pub fn fork(&mut self, from: SeqId) -> Result<SeqId> {
+        let to = self.create()?;
+        let len = self.len(from);
+        let window = self.backend.save_window(from.0, len)?;
+        self.backend.load_window(to.0, len, &window)?;
+        let pages = self.sequence(from).pages.clone();
+        pages.iter().for_each(|&p| self.pool.share(p));
+        let checkpoints = (self.sequence(from).checkpoints.iter())
+            .map(|c| Checkpoint { len: c.len, window: c.window.clone() })
+            .collect();
+        *self.sequence_mut(to) = Sequence { len, high: len, pages, checkpoints };
+        self.write_table(to);
+        Ok(to)
+    }
+
+    /// Positions that a sequence holds.
+    #[must_use]
+    pub fn len(&self, seq: SeqId) -> usize {
+        self.sequence(seq).len
+    }
+
+    /// Whether a sequence holds nothing yet.
+    #[must_use]
+    pub fn is_empty(&self, seq: SeqId) -> bool {
+        self.len(seq) == 0
+    }
+
+    /// Appends `tokens` in micro-batches. Returns the logits of the last one. `progress` hears the number done so far after each
+    /// micro-batch and may break off, which is [`Error::Interrupted`]; what was appended until then stays.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`] before anything is done, when the tokens do not fit.
+    pub fn prefill(
+        &mut self,
+        seq: SeqId,
+        tokens: &[u32],
+        mut progress: impl FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<&[f32]> {
+        self.check_room(seq, tokens.len())?;
+        let mut done = 0;
+        while tokens.len() - done > self.spec.max_rows {
+            self.run(&rows_of(seq, &tokens[done..done + self.spec.max_rows], false))?;
+            done += self.spec.max_rows;
+            if self.len(seq) / CHECKPOINT_EVERY > (self.len(seq) - self.spec.max_rows) / CHECKPOINT_EVERY {
+                self.checkpoint(seq)?;
+            }
+            if progress(done).is_break() {
+                return Err(Error::Interrupted);
+            }
+        }
+        let logits = self.run(&rows_of(seq, &tokens[done..], true))?;
+        let _ = progress(tokens.len());
+        Ok(logits)
+    }
+
+    /// One token for each of several sequences; returns `[tokens][vocab]` logits.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn step(&mut self, tokens: &[(SeqId, u32)]) -> Result<&[f32]> {
+        let rows: Vec<Row> = tokens.iter().map(|&(seq, token)| Row { seq, token, output: true }).collect();
+        self.run(&rows)
+    }
+
+    /// Appends any mix of rows, at most `max_rows`, as one micro-batch. Rows of one sequence stand in their order. Returns the logits
+    /// of the output rows.
+    ///
+    /// # Errors
+    /// [`Error::ContextFull`], [`Error::Memory`] when the pages run out, [`Error::Input`] for a token outside the vocabulary,
+    /// [`Error::Interrupted`]; the sequences are then as they were.
+    pub fn run(&mut self, rows: &[Row]) -> Result<&[f32]> {
+        assert!(
+            rows.len() <= self.spec.max_rows,
+            "a micro-batch of {} rows, at most {}",
+            rows.len(),
+            self.spec.max_rows
+        );
+        if self.interrupt.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        self.batch = Batch::default();
+        let mut grown: Vec<(SeqId, usize)> = vec![];
+        for row in rows {
+            if row.token as usize >= self.model.config.vocab {
+                return Err(Error::Input(format!(
+                    "token {} is outside the vocabulary of {}",
+                    row.token, self.model.config.vocab
+                )));
+            }
+            let at = match grown.iter_mut().find(|(s, _)| *s == row.seq) {
+                Some((_, len)) => len,
+                None => {
+                    grown.push((row.seq, self.len(row.seq)));
+                    &mut grown.last_mut().expect("just pushed").1
+                }
+            };
+            if row.output {
+                self.batch.outputs.push(self.batch.tokens.len() as u32);
+            }
+            self.batch.tokens.push(row.token);
+            self.batch.pos.push(*at as u32);
+            self.batch.slot.push(row.seq.0);
+            *at += 1;
+        }
+        for &(seq, len) in &grown {
+            self.reserve(seq, len)?;
+        }
+        let (routing, top_k) = (self.routing, self.top_k);
+        let result =
+            forward(&mut *self.backend, &self.model.config, &self.batch, &self.tables, routing, top_k);
+        if self.interrupt.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        let logits = result?;
+        for (seq, len) in grown {
+            if let Some(s) = &mut self.sequences[seq.0 as usize] {
+                s.len = len;
+                s.high = s.high.max(len);
+            }
+        }
+        Ok(logits)
+    }
+
+    /// Positions selected for output row `output` of the last batch, ascending; empty when nothing was routed.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn selection(&mut self, output: usize) -> Result<Vec<u32>> {
+        self.backend.selection(output)
+    }
+
+    /// Cuts a sequence back to at most `len` positions and returns the length it has now: less than `len` when the windows have moved
+    /// on and the nearest checkpoint is older, in which case the caller appends the tokens in between again.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn rewind(&mut self, seq: SeqId, len: usize) -> Result<usize> {
+        let s = self.sequence(seq);
+        if len >= s.len {
+            return Ok(s.len);
+        }
+        let window_alive = self.model.config.window.is_none_or(|window| {
+            let oldest = s.high.saturating_sub(ring_len(window, self.spec.max_rows));
+            (len + 1).saturating_sub(window) >= oldest
+        });
+        let mut restored = len;
+        if !window_alive {
+            let checkpoint = s.checkpoints.iter().rev().find(|c| c.len <= len);
+            let (at, window) = checkpoint.map_or((0, Arc::from([])), |c| (c.len, c.window.clone()));
+            if at > 0 {
+                self.backend.load_window(seq.0, at, &window)?;
+            }
+            restored = at;
+            self.sequence_mut(seq).high = at;
+        }
+        let kept = restored.div_ceil(PAGE);
+        let s = self.sequence_mut(seq);
+        s.len = restored;
+        s.checkpoints.retain(|c| c.len <= restored);
+        let dropped = s.pages.split_off(kept.min(s.pages.len()));
+        dropped.into_iter().for_each(|p| self.pool.release(p));
+        Ok(restored)
+    }
+
+    /// Remembers the windows at the present length, so that [`Self::rewind`] can return exactly here.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn checkpoint(&mut self, seq: SeqId) -> Result<()> {
+        let len = self.len(seq);
+        if self.model.config.window.is_none()
+            || self.sequence(seq).checkpoints.last().is_some_and(|c| c.len == len)
+        {
+            return Ok(());
+        }
+        let window: Arc<[u8]> = self.backend.save_window(seq.0, len)?.into();
+        let budget = self.checkpoint_bytes;
+        let s = self.sequence_mut(seq);
+        s.checkpoints.push(Checkpoint { len, window });
+        while s.checkpoints.len() > 1 && s.checkpoints.iter().map(|c| c.window.len()).sum::<usize>() > budget
+        {
+            // Older ones thin out: the least missed is the one with close neighbours far from the end.
+            let missed = |i: usize| {
+                let before = if i == 0 { 0 } else { s.checkpoints[i - 1].len };
+                (s.checkpoints[i + 1].len - before) as f64 / (len - s.checkpoints[i].len) as f64
+            };
+            let least = (0..s.checkpoints.len() - 1).min_by(|&a, &b| missed(a).total_cmp(&missed(b)));
+            s.checkpoints.remove(least.unwrap_or(0));
+        }
+        Ok(())
+    }
+
+    /// Writes what a sequence holds, for a session file: its pages row by row and its windows.
+    ///
+    /// # Errors
+    /// What the backend reports, and errors of `out`.
+    pub fn export(&mut self, seq: SeqId, mut out: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let (len, pages) = (self.len(seq), self.sequence(seq).pages.clone());
+        let mut bytes = vec![];
+        for (i, page) in pages.into_iter().enumerate() {
+            bytes.clear();
+            self.backend.read_page(page, PAGE.min(len - i * PAGE), &mut bytes)?;
+            out(&bytes)?;
+        }
+        out(&self.backend.save_window(seq.0, len)?)
+    }
+
+    /// The reverse of [`Self::export`] into an empty sequence: `bytes` is everything it wrote for `len` positions.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the size does not fit, [`Error::ContextFull`], [`Error::Memory`]; the sequence is then still empty.
+    pub fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<()> {
+        assert!(self.is_empty(seq), "a session is imported into an empty sequence");
+        let (page_row, window) = self.export_sizes(len);
+        if bytes.len() != len * page_row + window {
+            return Err(Error::Input(format!(
+                "the session holds {} bytes of cache, expected {} for {len} positions",
+                bytes.len(),
+                len * page_row + window
+            )));
+        }
+        self.check_room(seq, len)?;
+        self.reserve(seq, len)?;
+        let (rows, window) = bytes.split_at(len * page_row);
+        let pages = self.sequence(seq).pages.clone();
+        for (i, page) in pages.into_iter().enumerate() {
+            let n = PAGE.min(len - i * PAGE);
+            self.backend.write_page(page, n, &rows[i * PAGE * page_row..][..n * page_row])?;
+        }
+        self.backend.load_window(seq.0, len, window)?;
+        let s = self.sequence_mut(seq);
+        (s.len, s.high) = (len, len);
+        Ok(())
+    }
+
+    /// Bytes of [`Self::export`] for each position, and of the windows at `len`.
+    #[must_use]
+    pub fn export_sizes(&self, len: usize) -> (usize, usize) {
+        let c = &self.model.config;
+        let row = crate::cache::pools(c, &self.spec).iter().map(|p| p.cache_type.row_bytes(p.width)).sum();
+        let window = c.window.map_or(0, |w| {
+            let width = c.self_heads.kv_width();
+            c.n_self * len.min(w - 1) * (self.spec.k.row_bytes(width) + self.spec.v.row_bytes(width))
+        });
+        (row, window)
+    }
+
+    fn check_room(&self, seq: SeqId, more: usize) -> Result<()> {
+        let needed = self.len(seq) + more;
+        if needed > self.context {
+            return Err(Error::ContextFull { needed, context: self.context });
+        }
+        Ok(())
+    }
+
+    /// Makes room for positions up to `len`; a partly filled page that others hold too is copied first.
+    fn reserve(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        if len > self.context {
+            return Err(Error::ContextFull { needed: len, context: self.context });
+        }
+        let (old, held) = (self.sequence(seq).len, self.sequence(seq).pages.len());
+        if !old.is_multiple_of(PAGE) && len > old {
+            let last = self.sequence(seq).pages[old / PAGE];
+            if self.pool.is_shared(last) {
+                let own = self.take_page()?;
+                self.backend.copy_page(last, own)?;
+                self.pool.release(last);
+                self.sequence_mut(seq).pages[old / PAGE] = own;
+                self.write_table(seq);
+            }
+        }
+        for _ in held..len.div_ceil(PAGE) {
+            let page = self.take_page()?;
+            self.sequence_mut(seq).pages.push(page);
+        }
+        if self.sequence(seq).pages.len() != held {
+            self.write_table(seq);
+        }
+        Ok(())
+    }
+
+    fn take_page(&mut self) -> Result<u32> {
+        self.pool.take().ok_or_else(|| Error::Memory {
+            what: format!("one more page of {PAGE} positions"),
+            needed: (PAGE * self.export_sizes(0).0) as u64,
+            free: 0,
+            remedy: "lower -np or -c, or end a sequence".into(),
+        })
+    }
+
+    fn write_table(&mut self, seq: SeqId) {
+        let start = seq.0 as usize * self.tables.stride;
+        let pages = &self.sequences[seq.0 as usize].as_ref().expect("a live sequence").pages;
+        self.tables.entries[start..start + pages.len()].copy_from_slice(pages);
+    }
+
+    fn sequence(&self, seq: SeqId) -> &Sequence {
+        self.sequences[seq.0 as usize].as_ref().expect("a live sequence")
+    }
+
+    fn sequence_mut(&mut self, seq: SeqId) -> &mut Sequence {
+        self.sequences[seq.0 as usize].as_mut().expect("a live sequence")
+    }
+}
+
+/// Positions between the checkpoints that prefill takes by itself.
+const CHECKPOINT_EVERY: usize = 8192;
+
+/// Rows that append `tokens` to one sequence.
+fn rows_of(seq: SeqId, tokens: &[u32], last_output: bool) -> Vec<Row> {
+    let last = tokens.len().wrapping_sub(1);
+    (tokens.iter().enumerate())
+        .map(|(i, &token)| Row { seq, token, output: last_output && i == last })
+        .collect()
+}
