@@ -1,4 +1,81 @@
-# CUDA compiler from PyPI into .venv-cuda, for machines without a CUDA toolkit.
-.PHONY: cuda-toolkit
+# clsa: `make chat` builds and starts a chat, `make test` runs every test, `make help` lists the rest.
+# Variables: PORTABLE=1 (any x86-64-v3 machine), PREFIX=/usr/local (make install), MODEL=FILE (make chat), CARGO_FLAGS=...
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+
+MODEL ?= models/smol-clsa-135m.gguf
+MESSAGE ?= Give me three tips for writing clear documentation.
+PREFIX ?= $(HOME)/.local
+CARGO ?= cargo
+CARGO_FLAGS ?=
+
+# cargo of a fresh rustup installation is not on the PATH of a shell opened before.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+# CI machines run without the history that makes incremental builds pay.
+ifdef CI
+export CARGO_INCREMENTAL := 0
+endif
+
+ifdef PORTABLE
+# Overrides target-cpu=native of .cargo/config.toml; ggml is built for the same CPU.
+export RUSTFLAGS := -C target-cpu=x86-64-v3
+export CARGO_TARGET_DIR := target-portable
+endif
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+CLSA := $(TARGET)/release/clsa
+PYTHON := .venv/bin/python
+
+.PHONY: build chat test test-slow test-python golden lint format install python cuda-toolkit build-deps help
+
+## Build the release binary; installs missing build tools (cmake, clang, libclang) through apt
+build: build-deps
+	$(CARGO) build --release --bins $(CARGO_FLAGS)
+
+build-deps:
+	@tools/build-deps build
+
+## Build and chat with the bundled model (MODEL=FILE for another); one answer to MESSAGE when there is no terminal
+chat: build
+	@if $(CLSA) chat --help >/dev/null 2>&1 && [ -t 0 ]; then \
+	    exec $(CLSA) chat -m "$(MODEL)"; \
+	else \
+	    exec $(CLSA) run -m "$(MODEL)" -n 128 -p "$(MESSAGE)"; \
+	fi
+
+## Run every test but the slow ones
+test: build-deps python
+	$(CARGO) test --release --workspace $(CARGO_FLAGS)
+
+## Run the slow tests too
+test-slow: build-deps python
+	$(CARGO) test --release --workspace $(CARGO_FLAGS) -- --include-ignored
+
+## Check formatting and lints of Rust, C and CUDA sources
+lint: build-deps
+	@tools/build-deps lint
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets $(CARGO_FLAGS) -- -D warnings
+	tools/format-c --check
+
+## Format Rust, C and CUDA sources
+format:
+	$(CARGO) fmt --all
+	tools/format-c
+
+## Install the binary into PREFIX/bin
+install: build
+	install -Dm755 $(CLSA) "$(DESTDIR)$(PREFIX)/bin/clsa"
+
+## Make .venv with the Python packages that the tests compare with
+python:
+	@tools/python-env
+
+## Install NVIDIA's CUDA compiler from PyPI into .venv-cuda, for machines without a CUDA toolkit
 cuda-toolkit:
 	tools/cuda-toolkit
+
+## List the targets
+help:
+	@awk '/^## /{doc=substr($$0,4); next} /^[a-z-]+:/{if (doc != "") {split($$1,n,":"); printf "  make %-14s %s\n", n[1], doc}} {doc=""}' $(MAKEFILE_LIST)

@@ -12,6 +12,7 @@ fn main() {
     println!("cargo:rerun-if-changed=cpu");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     headers(&out);
+    warn_without_amx();
     kernels();
     cuda::build(&out);
 }
@@ -34,6 +35,24 @@ fn headers(out: &Path) {
         .expect("bindgen over include/*.h")
         .write_to_file(out.join("contracts.rs"))
         .expect("write contracts.rs");
+}
+
+/// Says so when the compiler found is one whose AMX code cannot be used (tools/cc then leaves AMX out).
+fn warn_without_amx() {
+    if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch != "x86_64") {
+        return;
+    }
+    let tool = cc::Build::new().get_compiler();
+    let version = tool.to_command().arg("-dumpversion").output().ok();
+    let version = version.map_or_else(String::new, |o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
+    let major: u32 = version.split('.').next().and_then(|v| v.parse().ok()).unwrap_or(0);
+    if !tool.is_like_clang() || major < 16 {
+        println!(
+            "cargo:warning=built without AMX: found {} {version}, AMX needs clang 16 or newer (on Debian or Ubuntu `make` \
+             installs it)",
+            if tool.is_like_clang() { "clang" } else { "GCC" },
+        );
+    }
 }
 
 /// Flags of a kernel file, by the ending of its name: `<op>_<isa>.c`. Which one runs is chosen at run time (src/simd.rs).
