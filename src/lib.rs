@@ -14,5 +14,7 @@ pub mod engine;
 pub mod error;
 pub mod interrupt;
 pub mod model;
+pub mod placement;
+pub mod session;
 
 pub use clsa_convert::gguf;

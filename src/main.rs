@@ -2,10 +2,13 @@
 use std::{io::ErrorKind, process::ExitCode};
 
 use clap::Parser;
-use clsa::{cli::Cli, error::Error};
+use clsa::{
+    cli::{Cli, expand_short_flags},
+    error::Error,
+};
 
 fn main() -> ExitCode {
-    match Cli::parse().command.run() {
+    match Cli::parse_from(expand_short_flags(std::env::args_os())).command.run() {
         Ok(()) => ExitCode::SUCCESS,
         // A reader that has seen enough (`clsa inspect FILE | head`) is no failure.
         Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,

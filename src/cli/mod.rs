@@ -1,7 +1,9 @@
 //! The command line: one module per subcommand, each with its arguments and `run`.
 pub mod inspect;
+pub mod model;
 pub mod verify;
 
+use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 
 use clap::{Parser, Subcommand};
@@ -39,6 +41,36 @@ impl Command {
         }
     }
 }
+
+/// Rewrites llama.cpp's short flags of several letters (`-ub 512`, `-ctk=q8_0`) to their long forms, which is what the parser knows.
+/// Stops at `--`.
+pub fn expand_short_flags(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    let mut literal = false;
+    args.map(move |arg| {
+        literal |= arg == "--";
+        let Some(text) = arg.to_str().filter(|_| !literal) else { return arg };
+        let (flag, value) = text.split_once('=').map_or((text, None), |(f, v)| (f, Some(v)));
+        match (SHORT_FLAGS.iter().find(|(short, _)| *short == flag), value) {
+            (Some((_, long)), Some(value)) => format!("{long}={value}").into(),
+            (Some((_, long)), None) => (*long).into(),
+            (None, _) => arg,
+        }
+    })
+}
+
+/// Short flags of several letters, as llama.cpp has them.
+const SHORT_FLAGS: [(&str, &str); 10] = [
+    ("-ub", "--ubatch-size"),
+    ("-tb", "--threads-batch"),
+    ("-ngl", "--gpu-layers"),
+    ("-ctk", "--cache-type-k"),
+    ("-ctv", "--cache-type-v"),
+    ("-np", "--parallel"),
+    ("-pg", "--prompt-gen"),
+    ("-sys", "--system"),
+    ("-sysf", "--system-file"),
+    ("-st", "--single-turn"),
+];
 
 /// An error of writing results.
 pub(crate) fn stdout_error(source: io::Error) -> Error {

@@ -1,0 +1,192 @@
+//! Arguments that choose a model, a device and the caches; shared by every command that runs a model.
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use clap::{Args, ValueEnum};
+
+use super::human_bytes;
+use crate::backend::{Backend, Routing, ggml::Ggml, reference::Reference};
+use crate::cache::CacheType;
+use crate::engine::{Engine, Options};
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::placement;
+
+/// Which model, on which device, with which caches.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// The GGUF file; the bundled model without it
+    #[arg(short, long, env = "CLSA_MODEL", value_name = "FILE")]
+    pub model: Option<PathBuf>,
+    /// Positions of the context (-c); 0: the model's own, or what fits
+    #[arg(short = 'c', long, env = "CLSA_CTX_SIZE", value_name = "N", default_value_t = 0)]
+    pub ctx_size: usize,
+    /// Rows of a micro-batch in prompt processing (-ub)
+    #[arg(long, env = "CLSA_UBATCH_SIZE", value_name = "N", default_value_t = 512)]
+    pub ubatch_size: usize,
+    /// Threads (-t); 0: one for each core
+    #[arg(short, long, env = "CLSA_THREADS", value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// Type of cached keys (-ctk)
+    #[arg(long, env = "CLSA_CACHE_TYPE_K", value_name = "TYPE", default_value = "f16")]
+    pub cache_type_k: CacheTypeArg,
+    /// Type of cached values (-ctv)
+    #[arg(long, env = "CLSA_CACHE_TYPE_V", value_name = "TYPE", default_value = "f16")]
+    pub cache_type_v: CacheTypeArg,
+    /// How cross layers choose positions: clsa, dense, per-layer, every-N, block-B; the model's own without it
+    #[arg(long, env = "CLSA_ROUTING", value_name = "MODE")]
+    pub routing: Option<Routing>,
+    /// Positions that routing selects instead of the model's own k
+    #[arg(long, value_name = "K")]
+    pub top_k_tokens: Option<usize>,
+    /// Where to run
+    #[arg(long, env = "CLSA_DEVICE", value_name = "DEVICE", default_value = "auto")]
+    pub device: Device,
+    /// Print the resolved settings and the memory table to standard error (-v)
+    #[arg(short, long)]
+    pub verbose: bool,
+}
+
+/// Names of cache types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CacheTypeArg {
+    /// 32-bit floats
+    F32,
+    /// Half floats
+    F16,
+    /// 8-bit blocks
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl From<CacheTypeArg> for CacheType {
+    fn from(t: CacheTypeArg) -> Self {
+        match t {
+            CacheTypeArg::F32 => Self::F32,
+            CacheTypeArg::F16 => Self::F16,
+            CacheTypeArg::Q8_0 => Self::Q8_0,
+        }
+    }
+}
+
+/// Where to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// The best device that is there
+    Auto,
+    /// This machine's cores
+    Cpu,
+    /// The slow, plain f32 oracle (f32 caches only)
+    Reference,
+}
+
+impl ModelArgs {
+    /// The model file: -m, or the bundled one.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when there is none.
+    pub fn path(&self) -> Result<PathBuf> {
+        if let Some(path) = &self.model {
+            return Ok(path.clone());
+        }
+        const BUNDLED: &str = "models/smol-clsa-135m.gguf";
+        let beside =
+            std::env::current_exe().ok().and_then(|p| Some(p.parent()?.join("../share/clsa").join(BUNDLED)));
+        let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(BUNDLED);
+        let places = [Some(PathBuf::from(BUNDLED)), beside, Some(source)];
+        places.into_iter().flatten().find(|p| p.is_file()).ok_or_else(|| {
+            Error::Input("no model: name one with -m FILE (clsa convert makes one from a checkpoint)".into())
+        })
+    }
+
+    /// Threads to use.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n,
+        }
+    }
+
+    /// What to size an engine for; `n_seq` sequences.
+    #[must_use]
+    pub fn options(&self, model: &Model, n_seq: usize) -> Options {
+        let index = if self.cache_type_k == CacheTypeArg::F32 { CacheType::F32 } else { CacheType::F16 };
+        let mut options = Options {
+            context: self.ctx_size,
+            n_seq,
+            max_rows: self.ubatch_size.clamp(1, 8192),
+            k: self.cache_type_k.into(),
+            v: self.cache_type_v.into(),
+            index,
+            routing: self.routing,
+            top_k: self.top_k_tokens,
+            ..Options::default()
+        };
+        if self.ctx_size == 0 {
+            options.context = placement::auto_context(&model.config, &options, placement::free_memory());
+        }
+        options
+    }
+
+    /// Maps the model.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open(&self) -> Result<Model> {
+        Model::open(&self.path()?)
+    }
+
+    /// A backend and an engine for `options`; setting `interrupt` stops what runs at the next node.
+    ///
+    /// # Errors
+    /// What the backend reports; [`Error::Memory`] before anything is allocated when the caches do not fit.
+    pub fn engine(&self, model: &Model, options: &Options, interrupt: Arc<AtomicBool>) -> Result<Engine> {
+        let spec = options.cache_spec();
+        let (needed, free) = (placement::cache_bytes(&model.config, &spec), placement::free_memory());
+        if needed > free {
+            return Err(Error::Memory {
+                what: format!("the cache of {} x {} positions", spec.n_slots, options.context),
+                needed,
+                free,
+                remedy: "lower -c, or use -ctk q8_0 -ctv q8_0".into(),
+            });
+        }
+        let backend: Box<dyn Backend> = match self.device {
+            Device::Auto | Device::Cpu => {
+                Box::new(Ggml::new(model.clone(), spec, self.threads(), Arc::clone(&interrupt))?)
+            }
+            Device::Reference => Box::new(Reference::new(model.clone(), spec)?),
+        };
+        let mut engine = Engine::new(model.clone(), backend, options)?;
+        engine.set_interrupt(interrupt);
+        if self.verbose {
+            report(&engine, free);
+        }
+        Ok(engine)
+    }
+}
+
+/// The resolved settings and the memory table, on standard error.
+fn report(engine: &Engine, free: u64) {
+    let (memory, spec, (routing, top_k)) = (engine.backend().memory(), engine.spec(), engine.routing());
+    eprintln!("model    {}", engine.model().file.path().display());
+    eprintln!("backend  {}", engine.backend().describe());
+    eprintln!(
+        "context  {} positions x {} sequences, micro-batch {}",
+        engine.context(),
+        spec.n_slots,
+        spec.max_rows
+    );
+    eprintln!("caches   K {:?}, V {:?}, index keys {:?}", spec.k, spec.v, spec.index);
+    eprintln!("routing  {routing}, top-k {top_k}");
+    eprintln!("memory   weights  {:>12}  (mapped from the file)", human_bytes(memory.weights));
+    if memory.repacked > 0 {
+        eprintln!("         repacked {:>12}", human_bytes(memory.repacked));
+    }
+    eprintln!("         cache    {:>12}", human_bytes(memory.cache));
+    eprintln!("         scratch  {:>12}", human_bytes(memory.scratch));
+    eprintln!("         free     {:>12}  (before the cache was reserved)", human_bytes(free));
+}
