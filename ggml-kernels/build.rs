@@ -6,6 +6,8 @@ use std::{
 
 #[path = "build/cuda.rs"]
 mod cuda;
+#[path = "build/emulator.rs"]
+mod emulator;
 
 fn main() {
     println!("cargo:rerun-if-changed=include");
@@ -15,6 +17,9 @@ fn main() {
     warn_without_amx();
     kernels();
     cuda::build(&out);
+    if env::var_os("CARGO_FEATURE_CUDA_EMULATOR").is_some() {
+        emulator::build(&out);
+    }
 }
 
 fn headers(out: &Path) {

@@ -4,6 +4,7 @@
 //! handle is a newtype that frees it on drop.
 mod buffer;
 mod device;
+pub mod ops;
 mod stream;
 
 pub use buffer::{Buffer, Pinned, Pod};

@@ -1,0 +1,5 @@
+//! The CUDA attention, routing and sampling kernels against the scalar references, on a GPU where there is one, and on the emulator of
+//! tests/emulator with `--features cuda-emulator`.
+mod harness;
+mod rope_append;
+mod route;
