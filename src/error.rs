@@ -14,6 +14,9 @@ pub enum Error {
     /// A conversion failed.
     #[error(transparent)]
     Convert(#[from] clsa_convert::Error),
+    /// A vocabulary cannot be used. Exit code 2.
+    #[error(transparent)]
+    Tokenizer(#[from] crate::tokenizer::Error),
     /// Reading or writing failed. Exit code 1.
     #[error("{}: {source}", path.display())]
     Io {
@@ -58,7 +61,7 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Input(_) | Self::Gguf(_) | Self::ContextFull { .. } => 2,
+            Self::Input(_) | Self::Gguf(_) | Self::Tokenizer(_) | Self::ContextFull { .. } => 2,
             Self::Convert(e) => e.exit_code(),
             Self::Io { .. } | Self::Memory { .. } | Self::Runtime(_) => 1,
             Self::Interrupted => 130,

@@ -16,5 +16,7 @@ pub mod interrupt;
 pub mod model;
 pub mod placement;
 pub mod session;
+pub mod tokenizer;
 
 pub use clsa_convert::gguf;
+pub use error::{Error, Result};
