@@ -3,6 +3,9 @@ use crate::contracts::*;
 
 type Check = Result<(), String>;
 
+/// Positions are below this, so that the kernels may add to them.
+const MAX_POSITIONS: i32 = 1 << 30;
+
 macro_rules! ensure {
     ($ok:expr, $($what:tt)+) => {
         if !$ok {
@@ -26,7 +29,7 @@ fn batch(raw: &clsa_batch) -> Result<Batch<'_>, String> {
     let (pos, slot) =
         unsafe { (std::slice::from_raw_parts(raw.pos, n), std::slice::from_raw_parts(raw.slot, n)) };
     for (r, (&pos, &slot)) in pos.iter().zip(slot).enumerate() {
-        ensure!((0..i32::MAX).contains(&pos), "row {r}: position {pos}");
+        ensure!((0..MAX_POSITIONS).contains(&pos), "row {r}: position {pos}, 0 up to {MAX_POSITIONS} wanted");
         ensure!((0..raw.n_slots).contains(&slot), "row {r}: slot {slot} of {}", raw.n_slots);
     }
     Ok(Batch { pos, slot, raw })
@@ -195,7 +198,7 @@ pub(crate) fn route(p: &clsa_route) -> Check {
     let b = batch(&p.batch)?;
     head_dim(p.d, &[&p.keys])?;
     ensure!(!p.q.is_null() && !p.selected.is_null() && !p.count.is_null(), "q, selected or count is null");
-    ensure!(p.k > 0 && p.block >= 0, "k = {}, block = {}", p.k, p.block);
+    ensure!(p.k > 0 && (0..=1 << 20).contains(&p.block), "k = {}, block = {}", p.k, p.block);
     let block = p.block.max(1);
     let most = (i64::from(p.k / block).max(1) * i64::from(block)).max(i64::from(p.k));
     let longest = b.pos.iter().max().map_or(0, |&t| i64::from(t) + 1);
