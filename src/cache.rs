@@ -1,4 +1,6 @@
 //! The caches: windows, and the ONE shared memory cut into pages that sequences hold by reference.
+use ggml_kernels::quant;
+
 use crate::config::Config;
 
 /// Positions of a page.
@@ -16,6 +18,16 @@ pub enum CacheType {
 }
 
 impl CacheType {
+    /// The same as a type of weights.
+    #[must_use]
+    pub fn quant(self) -> quant::Type {
+        match self {
+            Self::F32 => quant::Type::F32,
+            Self::F16 => quant::Type::F16,
+            Self::Q8_0 => quant::Type::Q8_0,
+        }
+    }
+
     /// Bytes of a row of `width` values. Q8_0 needs a width divisible by 32.
     #[must_use]
     pub fn row_bytes(self, width: usize) -> usize {
@@ -155,5 +167,33 @@ impl PagePool {
         if *holders == 0 {
             self.free.push(page);
         }
+    }
+}
+
+/// Random cache rows, uniform in -1..1, in any cache type.
+pub(crate) struct RandomRows {
+    state: u64,
+    values: Vec<f32>,
+}
+
+impl RandomRows {
+    pub fn new(seed: u64) -> Self {
+        Self { state: seed, values: vec![] }
+    }
+
+    /// Appends `n` values in `ty`.
+    pub fn push(&mut self, ty: CacheType, n: usize, out: &mut Vec<u8>) {
+        self.values.clear();
+        self.values.extend((0..n).map(|_| {
+            // splitmix64 (Steele, Lea, Flood 2014).
+            self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = self.state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ (z >> 31)) >> 40) as f32 * (2.0 / (1 << 24) as f32) - 1.0
+        }));
+        let at = out.len();
+        out.resize(at + ty.row_bytes(n), 0);
+        quant::quantize(ty.quant(), &self.values, n, None, &mut out[at..]);
     }
 }

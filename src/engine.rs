@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::backend::{Backend, Batch, Routing};
-use crate::cache::{CacheSpec, CacheType, PAGE, PagePool, PageTables, ring_len};
+use crate::cache::{CacheSpec, CacheType, PAGE, PagePool, PageTables, RandomRows, pools, ring_len};
 use crate::error::{Error, Result};
 use crate::model::{Model, forward};
 
@@ -463,11 +463,43 @@ impl Engine {
         Ok(())
     }
 
+    /// Makes an empty sequence hold `len` positions of random cache rows (uniform in -1..1, by `seed`), without running the model: for
+    /// timing at depth.
+    ///
+    /// # Errors
+    /// As [`Self::import`].
+    pub fn fill_random(&mut self, seq: SeqId, len: usize, seed: u64) -> Result<()> {
+        assert!(self.is_empty(seq), "only an empty sequence is filled");
+        self.check_room(seq, len)?;
+        self.reserve(seq, len)?;
+        let mut random = RandomRows::new(seed);
+        let mut bytes = vec![];
+        let pools = pools(&self.model.config, &self.spec);
+        for (i, page) in self.sequence(seq).pages.clone().into_iter().enumerate() {
+            let rows = PAGE.min(len - i * PAGE);
+            bytes.clear();
+            pools.iter().for_each(|p| random.push(p.cache_type, rows * p.width, &mut bytes));
+            self.backend.write_page(page, rows, &bytes)?;
+        }
+        bytes.clear();
+        if let Some(window) = self.model.config.window {
+            let values = len.min(window - 1) * self.model.config.self_heads.kv_width();
+            for _ in 0..self.model.config.n_self {
+                random.push(self.spec.k, values, &mut bytes);
+                random.push(self.spec.v, values, &mut bytes);
+            }
+        }
+        self.backend.load_window(seq.0, len, &bytes)?;
+        let s = self.sequence_mut(seq);
+        (s.len, s.high) = (len, len);
+        self.checkpoint(seq)
+    }
+
     /// Bytes of [`Self::export`] for each position, and of the windows at `len`.
     #[must_use]
     pub fn export_sizes(&self, len: usize) -> (usize, usize) {
         let c = &self.model.config;
-        let row = crate::cache::pools(c, &self.spec).iter().map(|p| p.cache_type.row_bytes(p.width)).sum();
+        let row = pools(c, &self.spec).iter().map(|p| p.cache_type.row_bytes(p.width)).sum();
         let window = c.window.map_or(0, |w| {
             let width = c.self_heads.kv_width();
             c.n_self * len.min(w - 1) * (self.spec.k.row_bytes(width) + self.spec.v.row_bytes(width))

@@ -7,6 +7,7 @@
 //!                                                    -> sampler -> terminal
 //! ```
 pub mod backend;
+pub mod bench;
 pub mod cache;
 pub mod cli;
 pub mod config;

@@ -1,4 +1,5 @@
 //! The command line: one module per subcommand, each with its arguments and `run`.
+pub mod bench;
 pub mod inspect;
 pub mod model;
 pub mod verify;
@@ -23,6 +24,8 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Time prompt processing and generation
+    Bench(Box<bench::BenchArgs>),
     /// Show what is in a GGUF file
     Inspect(inspect::InspectArgs),
     /// Prove that every byte of a GGUF file is as it was written
@@ -36,6 +39,7 @@ impl Command {
     /// Whatever it fails with; `main` prints it and chooses the exit code.
     pub fn run(self) -> Result<()> {
         match self {
+            Self::Bench(args) => bench::run(&args),
             Self::Inspect(args) => inspect::run(&args),
             Self::Verify(args) => verify::run(&args),
         }

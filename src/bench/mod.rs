@@ -1,0 +1,195 @@
+//! Timing of prefill and decode, in llama-bench's manner.
+pub mod list;
+pub mod report;
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::engine::{Engine, SeqId};
+use crate::error::Result;
+
+/// What one row of the table times.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Test {
+    /// Tokens of prompt to process.
+    pub prompt: usize,
+    /// Tokens to generate.
+    pub generate: usize,
+    /// Positions in the cache before.
+    pub depth: usize,
+    /// Sequences at a time.
+    pub sequences: usize,
+}
+
+impl Test {
+    /// `pp512`, `tg128`, `pp512+tg128`; ` @ d8192`; ` x4`.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let mut name = match (self.prompt, self.generate) {
+            (p, 0) => format!("pp{p}"),
+            (0, n) => format!("tg{n}"),
+            (p, n) => format!("pp{p}+tg{n}"),
+        };
+        if self.depth > 0 {
+            name += &format!(" @ d{}", self.depth);
+        }
+        if self.sequences > 1 {
+            name += &format!(" x{}", self.sequences);
+        }
+        name
+    }
+
+    /// Positions that one sequence must hold.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.depth + self.prompt + self.generate
+    }
+
+    /// Tokens of all sequences that one repetition processes.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        (self.prompt + self.generate) * self.sequences
+    }
+}
+
+/// How caches come to hold the depth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fill {
+    /// By processing a prompt of that length.
+    Prefill,
+    /// By random rows, marked in the output: quick, and decode costs the same.
+    Random,
+}
+
+/// A deterministic stream of token ids.
+struct Tokens {
+    state: u64,
+    vocab: u64,
+}
+
+impl Tokens {
+    fn next(&mut self) -> u32 {
+        // Numerical Recipes' linear congruential generator: any spread of tokens will do.
+        self.state =
+            self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.state >> 33) % self.vocab) as u32
+    }
+
+    fn take(&mut self, n: usize) -> Vec<u32> {
+        (0..n).map(|_| self.next()).collect()
+    }
+}
+
+/// One engine under test.
+pub struct Bench {
+    engine: Engine,
+    tokens: Tokens,
+    /// Sequences at `depth`, from the last test.
+    ready: Vec<SeqId>,
+    depth: usize,
+}
+
+impl Bench {
+    /// Wraps an engine.
+    #[must_use]
+    pub fn new(engine: Engine) -> Self {
+        let vocab = engine.model().config.vocab as u64;
+        Self { engine, tokens: Tokens { state: 42, vocab }, ready: vec![], depth: 0 }
+    }
+
+    /// The engine underneath.
+    #[must_use]
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Brings `test.sequences` sequences to `test.depth`.
+    ///
+    /// # Errors
+    /// As [`Engine::prefill`].
+    pub fn prepare(&mut self, test: &Test, fill: Fill) -> Result<()> {
+        if self.depth == test.depth && self.ready.len() == test.sequences {
+            return Ok(());
+        }
+        self.ready.drain(..).for_each(|seq| self.engine.free(seq));
+        for i in 0..test.sequences {
+            let seq = self.engine.create()?;
+            match fill {
+                _ if test.depth == 0 => {}
+                Fill::Random => self.engine.fill_random(seq, test.depth, 1 + i as u64)?,
+                Fill::Prefill => {
+                    let prompt = self.tokens.take(test.depth);
+                    self.engine.prefill(seq, &prompt, |_| ControlFlow::Continue(()))?;
+                    self.engine.checkpoint(seq)?;
+                }
+            }
+            self.ready.push(seq);
+        }
+        self.depth = test.depth;
+        Ok(())
+    }
+
+    /// Runs the test once from the prepared depth; returns (seconds of prompt processing, seconds of generation).
+    ///
+    /// # Errors
+    /// As [`Engine::run`].
+    pub fn run(&mut self, test: &Test) -> Result<(f64, f64)> {
+        let sequences = self.ready.clone();
+        let started = Instant::now();
+        if test.prompt > 0 {
+            for &seq in &sequences {
+                let prompt = self.tokens.take(test.prompt);
+                self.engine.prefill(seq, &prompt, |_| ControlFlow::Continue(()))?;
+            }
+        }
+        let prompt_seconds = started.elapsed().as_secs_f64();
+        let started = Instant::now();
+        for _ in 0..test.generate {
+            let rows: Vec<_> = sequences.iter().map(|&seq| (seq, self.tokens.next())).collect();
+            self.engine.step(&rows)?;
+        }
+        let generate_seconds = started.elapsed().as_secs_f64();
+        for &seq in &sequences {
+            let at = self.engine.rewind(seq, test.depth)?;
+            if at != test.depth {
+                // The windows moved on and no checkpoint was kept: prepare anew next time.
+                self.depth = usize::MAX;
+            }
+        }
+        Ok((prompt_seconds, generate_seconds))
+    }
+}
+
+/// Mean and sample standard deviation.
+#[must_use]
+pub fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    if values.len() < 2 {
+        return (mean, 0.0);
+    }
+    let variance = values.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / (n - 1.0);
+    (mean, variance.sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_are_named_as_llama_bench_names_them() {
+        let test = |prompt, generate, depth, sequences| Test { prompt, generate, depth, sequences };
+        assert_eq!(test(512, 0, 0, 1).name(), "pp512");
+        assert_eq!(test(0, 128, 8192, 1).name(), "tg128 @ d8192");
+        assert_eq!(test(512, 128, 0, 4).name(), "pp512+tg128 x4");
+    }
+
+    #[test]
+    fn deviation_is_the_samples() {
+        assert_eq!(mean_and_deviation(&[2.0, 4.0]), (3.0, std::f64::consts::SQRT_2));
+        assert_eq!(mean_and_deviation(&[2.0]), (2.0, 0.0));
+    }
+}
