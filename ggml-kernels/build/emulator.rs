@@ -3,13 +3,15 @@ use std::fmt::Write as _;
 use std::{fs, path::Path};
 
 /// These files, each in a namespace of its own in one translation unit.
-const FILES: &[&str] = &["rope_append", "route"];
+const FILES: &[&str] = &["attention", "gather_attention", "rope_append", "route"];
 
 pub fn build(out: &Path) {
     println!("cargo:rerun-if-changed=tests/emulator");
     let here = std::env::current_dir().expect("current directory").display().to_string();
     let mut all = String::from("#define CLSA_EMULATE 1\n");
-    for header in ["include/clsa.h", "cuda/cache_rows.cuh", "tests/emulator/emulator.cpp"] {
+    for header in
+        ["include/clsa.h", "tests/emulator/emulator.cpp", "cuda/cache_rows.cuh", "cuda/decode_attention.cuh"]
+    {
         writeln!(all, "#include \"{here}/{header}\"").unwrap();
     }
     // Outside the namespaces: what the files share.

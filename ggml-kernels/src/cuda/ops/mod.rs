@@ -2,9 +2,11 @@
 //!
 //! What is launched depends on shapes only, never on positions, lengths or page tables, which the kernels read from device memory:
 //! a recorded graph serves every later token of the same shape.
+mod attention;
 mod rope_append;
 mod route;
 
+pub use attention::{DecodeScratch, Gathered};
 pub use rope_append::rope_append;
 pub use route::RouteScratch;
 

@@ -1,0 +1,439 @@
+// Attention of single rows over a list of positions, split over blocks: for window and dense decode (attention.cu) and
+// for the selected positions (gather_attention.cu), which differ in the Source of rows.
+//
+// Fast form, d 64 or 128 over f16 and q8_0: everything stays in registers, straight from global memory. A warp takes 16
+// positions at a time: their K rows are the A operand and up to 8 query heads the columns of B, split into two f16 each
+// (22 bits of every f32 query value); their V rows, transposed on the way by byte permutations, are the A operand of
+// the second product, with the weights as B. The order of summed dimensions being free, each lane loads 16 contiguous
+// bytes. General form, any type and d: f32 arithmetic, a warp per position.
+#pragma once
+#include "attention_cuda.h"
+#include "cache_rows.cuh"
+
+constexpr int DECODE_THREADS = 128, DECODE_WARPS = DECODE_THREADS / 32;
+
+// A range of positions of a sequence in the cache.
+struct CachedSource {
+    const clsa_rows &k, &v;
+    const uint32_t *table;
+    int slot, begin, end;
+    const uint8_t *k_base, *v_base;
+    int first, offset; // of the tile in hand, within its page or ring
+
+    __device__ __forceinline__ CachedSource(const clsa_attention &op, int row) : k(op.k), v(op.v) {
+        const int pos = op.batch.pos[row];
+        slot = op.batch.slot[row];
+        table = op.batch.tables + (size_t)slot * op.batch.table_stride;
+        end = pos + 1;
+        begin = op.window > 0 ? max(end - op.window, 0) : 0;
+    }
+    // Positions at..at+15 come next, `at` a multiple of 16.
+    __device__ __forceinline__ void tile(int at, int) {
+        first = at;
+        const size_t unit = k.ring > 0 ? (size_t)slot : (size_t)table[at / CLSA_PAGE];
+        offset = k.ring > 0 ? at % k.ring : at % CLSA_PAGE;
+        k_base = k.base + unit * k.page_stride;
+        v_base = v.base + unit * v.page_stride;
+    }
+    __device__ __forceinline__ int place(int pos) const {
+        const int at = offset + pos - first;
+        return k.ring > 0 && at >= k.ring ? at - k.ring : at;
+    }
+    __device__ __forceinline__ const uint8_t *k_row(int pos) const {
+        return k_base + (size_t)place(pos) * k.row_stride;
+    }
+    __device__ __forceinline__ const uint8_t *v_row(int pos) const {
+        return v_base + (size_t)place(pos) * v.row_stride;
+    }
+    template <int TYPE> __device__ __forceinline__ uint4 load(const uint8_t *row, int i) const {
+        return row_half8<TYPE>(row, i);
+    }
+};
+
+// The selected positions, through the page table.
+struct SelectedSource {
+    const clsa_rows &k, &v;
+    const uint32_t *table, *selected;
+    int begin, end, first;
+    uint32_t own; // row `lane % 16` of the tile in hand, as page * CLSA_PAGE + row of the page
+
+    __device__ __forceinline__ SelectedSource(const clsa_gather_attention &op, int row) : k(op.k), v(op.v) {
+        table = op.batch.tables + (size_t)op.batch.slot[row] * op.batch.table_stride;
+        selected = op.selected + (size_t)row * op.n_columns;
+        begin = 0;
+        end = op.count[row];
+    }
+    __device__ __forceinline__ void tile(int at, int lane) {
+        first = at;
+        const uint32_t pos = selected[min(at + lane % 16, end - 1)];
+        own = table[pos / CLSA_PAGE] * CLSA_PAGE + pos % CLSA_PAGE;
+    }
+    __device__ __forceinline__ const uint8_t *row(const clsa_rows &rows, int i) const {
+        const uint32_t at = __shfl_sync(CLSA_FULL_WARP, own, i - first);
+        return rows.base + (size_t)(at / CLSA_PAGE) * rows.page_stride + (size_t)(at % CLSA_PAGE) * rows.row_stride;
+    }
+    __device__ __forceinline__ const uint8_t *k_row(int i) const { return row(k, i); }
+    __device__ __forceinline__ const uint8_t *v_row(int i) const { return row(v, i); }
+    template <int TYPE> __device__ __forceinline__ uint4 load(const uint8_t *row, int i) const {
+        return row_half8<TYPE>(row, i);
+    }
+};
+
+// The selected rows, already gathered.
+struct CompactSource {
+    const uint8_t *k, *v;
+    size_t k_stride, v_stride;
+    int begin, end;
+    uint64_t policy;
+
+    __device__ __forceinline__ CompactSource(const clsa_gather_cuda &p, int row) {
+        const int width = p.op.n_kv * p.op.d;
+        k_stride = (size_t)width * (p.k_type == CLSA_F32 ? 4 : 2);
+        v_stride = (size_t)width * (p.v_type == CLSA_F32 ? 4 : 2);
+        k = p.k + (size_t)row * p.op.n_columns * k_stride;
+        v = p.v + (size_t)row * p.op.n_columns * v_stride;
+        begin = 0;
+        end = p.op.count[row];
+        policy = keep_policy();
+    }
+    __device__ __forceinline__ void tile(int, int) {}
+    __device__ __forceinline__ const uint8_t *k_row(int i) const { return k + (size_t)i * k_stride; }
+    __device__ __forceinline__ const uint8_t *v_row(int i) const { return v + (size_t)i * v_stride; }
+    template <int TYPE> __device__ __forceinline__ uint4 load(const uint8_t *row, int i) const {
+        static_assert(TYPE == CLSA_F16, "gathered rows are f16");
+        return load_keep_16(row + (size_t)i * 2, policy);
+    }
+};
+
+// What a block works on.
+struct DecodeShape {
+    int n_head, n_kv, d;
+    float scale;
+    const float *q;
+    float *out;
+};
+
+struct DecodeBlock {
+    int row, kv, head, n_heads, ticket;
+    __device__ __forceinline__ DecodeBlock(const DecodeShape &s, const clsa_split &split) {
+        const int group = s.n_head / s.n_kv, tiles = (group + split.head_tile - 1) / split.head_tile;
+        const int tile = blockIdx.y % tiles;
+        row = blockIdx.z;
+        kv = blockIdx.y / tiles;
+        head = kv * group + tile * split.head_tile;
+        n_heads = min(split.head_tile, group - tile * split.head_tile);
+        ticket = row * gridDim.y + blockIdx.y;
+    }
+};
+
+// Shared memory of a block: what each warp found, then the splits' weights.
+struct DecodeShared {
+    float *part;    // [DECODE_WARPS][head_tile][d + 4]
+    float *bounds;  // [DECODE_WARPS][CLSA_HEAD_TILE][2]
+    float *weights; // [CLSA_HEAD_TILE][CLSA_MAX_SPLITS]
+    uint32_t *flag;
+    int stride, warp_stride;
+    __device__ __forceinline__ DecodeShared(uint8_t *shared, int head_tile, int d) {
+        stride = d + 4;
+        warp_stride = head_tile * stride;
+        part = reinterpret_cast<float *>(shared);
+        bounds = part + DECODE_WARPS * warp_stride;
+        weights = bounds + DECODE_WARPS * CLSA_HEAD_TILE * 2;
+        flag = reinterpret_cast<uint32_t *>(weights + CLSA_HEAD_TILE * CLSA_MAX_SPLITS);
+    }
+};
+
+__device__ __forceinline__ float4 fma4(float w, float4 x, float4 sum) {
+    return make_float4(fmaf(w, x.x, sum.x), fmaf(w, x.y, sum.y), fmaf(w, x.z, sum.z), fmaf(w, x.w, sum.w));
+}
+
+// Weight of a part with largest score m among parts with largest score `top`: 0 for a part without positions.
+__device__ __forceinline__ float part_weight(float m, float top) {
+    return m == -INFINITY ? 0.0f : exp2_approx(m - top);
+}
+
+// Merges the warps' parts, then, in the last of `active` blocks, the blocks' parts, and writes the block's heads of
+// `out`.
+__device__ __forceinline__ void decode_finish(const DecodeShape &s, const clsa_split &split, const DecodeBlock &b,
+                                              DecodeShared &sh, int active) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, vectors = s.d / 4;
+    const size_t first_head = (size_t)b.row * s.n_head + b.head;
+    __syncthreads();
+    for (int item = threadIdx.x; item < b.n_heads * vectors; item += DECODE_THREADS) {
+        const int h = item / vectors, c = item % vectors;
+        float top = -INFINITY, sum = 0;
+        for (int w = 0; w < DECODE_WARPS; ++w)
+            top = fmaxf(top, sh.bounds[(w * CLSA_HEAD_TILE + h) * 2]);
+        float4 v = make_float4(0, 0, 0, 0);
+        for (int w = 0; w < DECODE_WARPS; ++w) {
+            const float *bound = &sh.bounds[(w * CLSA_HEAD_TILE + h) * 2];
+            const float weight = part_weight(bound[0], top);
+            sum = fmaf(weight, bound[1], sum);
+            v = fma4(weight, *reinterpret_cast<const float4 *>(&sh.part[w * sh.warp_stride + h * sh.stride + 4 * c]),
+                     v);
+        }
+        if (active == 1) {
+            reinterpret_cast<float4 *>(s.out)[(first_head + h) * vectors + c] =
+                make_float4(v.x / sum, v.y / sum, v.z / sum, v.w / sum);
+        } else {
+            const size_t part = (first_head + h) * split.splits + blockIdx.x;
+            reinterpret_cast<float4 *>(split.partial)[part * vectors + c] = v;
+            if (c == 0)
+                *reinterpret_cast<float2 *>(split.bounds + part * 2) = make_float2(top, sum);
+        }
+    }
+    if (active == 1 || !last_block(split.tickets + b.ticket, active, sh.flag))
+        return;
+    for (int h = warp; h < b.n_heads; h += DECODE_WARPS) {
+        const float2 *bounds = reinterpret_cast<const float2 *>(split.bounds) + (first_head + h) * split.splits;
+        float top = -INFINITY, sum = 0;
+        float2 mine[CLSA_MAX_SPLITS / 32];
+#pragma unroll
+        for (int i = 0; i < CLSA_MAX_SPLITS / 32; ++i) {
+            const int at = i * 32 + lane;
+            mine[i] = at < active ? load_l2(&bounds[at]) : make_float2(-INFINITY, 0);
+            top = fmaxf(top, mine[i].x);
+        }
+        top = warp_max(top);
+#pragma unroll
+        for (int i = 0; i < CLSA_MAX_SPLITS / 32; ++i) {
+            mine[i].x = part_weight(mine[i].x, top);
+            sum = fmaf(mine[i].x, mine[i].y, sum);
+        }
+        sum = warp_sum(sum);
+#pragma unroll
+        for (int i = 0; i < CLSA_MAX_SPLITS / 32; ++i)
+            sh.weights[h * CLSA_MAX_SPLITS + i * 32 + lane] = mine[i].x / sum;
+    }
+    __syncthreads();
+    for (int item = threadIdx.x; item < b.n_heads * vectors; item += DECODE_THREADS) {
+        const int h = item / vectors, c = item % vectors;
+        const float4 *parts =
+            reinterpret_cast<const float4 *>(split.partial) + (first_head + h) * split.splits * vectors + c;
+        float4 v = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+        for (int i = 0; i < active; ++i)
+            v = fma4(sh.weights[h * CLSA_MAX_SPLITS + i], load_l2(&parts[(size_t)i * vectors]), v);
+        reinterpret_cast<float4 *>(s.out)[(first_head + h) * vectors + c] = v;
+    }
+}
+
+// The head of column `lane / 4`, times `factor`, as the B operand: high + low, scaled by a power of two so that its
+// largest value is near 2^14. Returns what undoes the scale.
+template <int D> struct QueryHeads {
+    uint32_t high[D / 16][2], low[D / 16][2];
+    __device__ __forceinline__ float load(const float *q, float factor, int lane) {
+        const int at = lane % 4 * 8;
+        float x[D / 32][8], largest = 0;
+#pragma unroll
+        for (int s = 0; s < D / 32; ++s) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                x[s][i] = q == nullptr ? 0.0f : q[s * 32 + at + i] * factor;
+                largest = fmaxf(largest, fabsf(x[s][i]));
+            }
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 2));
+        int shift = 14 - ((int)(f32_bits(largest) >> 23 & 0xff) - 127);
+        shift = largest == 0 ? 0 : max(-126, min(126, shift));
+        const float scale = bits_f32((uint32_t)(shift + 127) << 23);
+#pragma unroll
+        for (int s = 0; s < D / 32; ++s) {
+#pragma unroll
+            for (int i = 0; i < 8; i += 2) {
+                const float a = x[s][i] * scale, b = x[s][i + 1] * scale;
+                const uint32_t pair = pack_half2(a, b);
+                high[2 * s + i / 4][i / 2 % 2] = pair;
+                low[2 * s + i / 4][i / 2 % 2] =
+                    pack_half2(a - half_to_float((uint16_t)pair), b - half_to_float((uint16_t)(pair >> 16)));
+            }
+        }
+        return bits_f32((uint32_t)(127 - shift) << 23);
+    }
+};
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// Grid (splits, n_kv * head tiles, rows), DECODE_THREADS threads.
+template <int TK, int TV, int D, typename Source>
+__device__ __forceinline__ void decode_attention(const DecodeShape &s, const clsa_split &split, Source source) {
+    CLSA_DYNAMIC_SHARED(shared);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const DecodeBlock b(s, split);
+    const int first_tile = source.begin / 16, tiles = (source.end + 15) / 16 - first_tile;
+    const int active = max(1, min(split.splits, (tiles + DECODE_WARPS - 1) / DECODE_WARPS));
+    if ((int)blockIdx.x >= active)
+        return;
+
+    QueryHeads<D> query;
+    const float unscale =
+        query.load(g < b.n_heads ? s.q + ((size_t)b.row * s.n_head + b.head + g) * D : nullptr, s.scale * LOG2_E, lane);
+    const float unscale_even = __shfl_sync(CLSA_FULL_WARP, unscale, 8 * t);
+    const float unscale_odd = __shfl_sync(CLSA_FULL_WARP, unscale, 8 * t + 4);
+
+    // Columns 2t and 2t + 1 of the products: the lane's two heads.
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    float acc[D / 16][4] = {};
+    for (int tile = warp * active + blockIdx.x; tile < tiles; tile += active * DECODE_WARPS) {
+        const int at = (first_tile + tile) * 16;
+        source.tile(at, lane);
+        const auto within = [&](int i) { return max(source.begin, min(source.end - 1, at + i)); };
+        const uint8_t *k_low = source.k_row(within(g)), *k_high = source.k_row(within(g + 8));
+        uint4 low[D / 32], high[D / 32], value[4][D / 64];
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i) {
+            low[i] = source.template load<TK>(k_low, b.kv * D + i * 32 + t * 8);
+            high[i] = source.template load<TK>(k_high, b.kv * D + i * 32 + t * 8);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const uint8_t *v_row = source.v_row(within(2 * t + j % 2 + j / 2 * 8));
+#pragma unroll
+            for (int i = 0; i < D / 64; ++i)
+                value[j][i] = source.template load<TV>(v_row, b.kv * D + i * 64 + g * 8);
+        }
+        float by_high[4] = {}, by_low[4] = {};
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i) {
+            const uint32_t first[4] = {low[i].x, high[i].x, low[i].y, high[i].y};
+            const uint32_t second[4] = {low[i].z, high[i].z, low[i].w, high[i].w};
+            mma_16816(by_high, first, query.high[2 * i][0], query.high[2 * i][1]);
+            mma_16816(by_low, first, query.low[2 * i][0], query.low[2 * i][1]);
+            mma_16816(by_high, second, query.high[2 * i + 1][0], query.high[2 * i + 1][1]);
+            mma_16816(by_low, second, query.low[2 * i + 1][0], query.low[2 * i + 1][1]);
+        }
+        float score[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int pos = at + g + i / 2 * 8;
+            score[i] = pos >= source.begin && pos < source.end
+                           ? (by_high[i] + by_low[i]) * (i % 2 ? unscale_odd : unscale_even)
+                           : -INFINITY;
+        }
+        uint32_t weights[2];
+        float correction[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float m = fmaxf(score[i], score[i + 2]);
+#pragma unroll
+            for (int o = 4; o < 32; o <<= 1)
+                m = fmaxf(m, __shfl_xor_sync(CLSA_FULL_WARP, m, o));
+            const float before = top[i];
+            top[i] = fmaxf(before, m);
+            correction[i] = exp2_approx(before - top[i]);
+            score[i] = exp2_approx(score[i] - top[i]);
+            score[i + 2] = exp2_approx(score[i + 2] - top[i]);
+            sum[i] = fmaf(sum[i], correction[i], score[i] + score[i + 2]);
+        }
+        weights[0] = movmatrix(pack_half2(score[0], score[1]));
+        weights[1] = movmatrix(pack_half2(score[2], score[3]));
+#pragma unroll
+        for (int i = 0; i < D / 64; ++i) {
+            const uint32_t w[4][4] = {{value[0][i].x, value[0][i].y, value[0][i].z, value[0][i].w},
+                                      {value[1][i].x, value[1][i].y, value[1][i].z, value[1][i].w},
+                                      {value[2][i].x, value[2][i].y, value[2][i].z, value[2][i].w},
+                                      {value[3][i].x, value[3][i].y, value[3][i].z, value[3][i].w}};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                // Row g: dimension 8g + 2j, row g + 8: dimension 8g + 2j + 1, of this 64.
+                const uint32_t a[4] = {byte_perm(w[0][j], w[1][j], 0x5410), byte_perm(w[0][j], w[1][j], 0x7632),
+                                       byte_perm(w[2][j], w[3][j], 0x5410), byte_perm(w[2][j], w[3][j], 0x7632)};
+                float(&o)[4] = acc[4 * i + j];
+                o[0] *= correction[0];
+                o[1] *= correction[1];
+                o[2] *= correction[0];
+                o[3] *= correction[1];
+                mma_16816(o, a, weights[0], weights[1]);
+            }
+        }
+    }
+    DecodeShared sh(shared, split.head_tile, D);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int o = 4; o < 32; o <<= 1)
+            sum[i] += __shfl_xor_sync(CLSA_FULL_WARP, sum[i], o);
+        const int h = 2 * t + i;
+        if (h >= b.n_heads)
+            continue;
+        if (g == 0)
+            *reinterpret_cast<float2 *>(&sh.bounds[(warp * CLSA_HEAD_TILE + h) * 2]) = make_float2(top[i], sum[i]);
+        float *part = sh.part + warp * sh.warp_stride + h * sh.stride + g * 8;
+#pragma unroll
+        for (int j = 0; j < D / 16; ++j)
+            *reinterpret_cast<float2 *>(part + j / 4 * 64 + j % 4 * 2) = make_float2(acc[j][i], acc[j][i + 2]);
+    }
+    decode_finish(s, split, b, sh, active);
+}
+
+__device__ __forceinline__ float any_row_value(int type, const uint8_t *row, int i) {
+    if (type == CLSA_F32)
+        return row_value<CLSA_F32>(row, i);
+    return type == CLSA_F16 ? row_value<CLSA_F16>(row, i) : row_value<CLSA_Q8_0>(row, i);
+}
+
+// The general form: d up to 32 * CHUNKS, up to HEADS heads a block.
+template <int CHUNKS, int HEADS, typename Source>
+__device__ __forceinline__ void decode_attention_any(const DecodeShape &s, const clsa_split &split, Source source,
+                                                     int k_type, int v_type) {
+    CLSA_DYNAMIC_SHARED(shared);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const DecodeBlock b(s, split);
+    const int tiles = (source.end - source.begin + 15) / 16;
+    const int active = max(1, min(split.splits, (tiles + DECODE_WARPS - 1) / DECODE_WARPS));
+    if ((int)blockIdx.x >= active)
+        return;
+    float q[HEADS][CHUNKS], acc[HEADS][CHUNKS] = {}, top[HEADS], sum[HEADS] = {};
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+        top[h] = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            const int j = i * 32 + lane;
+            q[h][i] = h < b.n_heads && j < s.d
+                          ? s.q[((size_t)b.row * s.n_head + b.head + h) * s.d + j] * (s.scale * LOG2_E)
+                          : 0.0f;
+        }
+    }
+    for (int pos = source.begin + warp * active + blockIdx.x; pos < source.end; pos += active * DECODE_WARPS) {
+        source.tile(pos / 16 * 16, lane);
+        const uint8_t *k_row = source.k_row(pos), *v_row = source.v_row(pos);
+        float k[CHUNKS], v[CHUNKS];
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            const int j = i * 32 + lane;
+            k[i] = j < s.d ? any_row_value(k_type, k_row, b.kv * s.d + j) : 0.0f;
+            v[i] = j < s.d ? any_row_value(v_type, v_row, b.kv * s.d + j) : 0.0f;
+        }
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) {
+            float score = 0;
+#pragma unroll
+            for (int i = 0; i < CHUNKS; ++i)
+                score = fmaf(q[h][i], k[i], score);
+            score = warp_sum(score);
+            const float before = top[h];
+            top[h] = fmaxf(before, score);
+            const float correction = exp2_approx(before - top[h]), weight = exp2_approx(score - top[h]);
+            sum[h] = fmaf(sum[h], correction, weight);
+#pragma unroll
+            for (int i = 0; i < CHUNKS; ++i)
+                acc[h][i] = fmaf(acc[h][i], correction, weight * v[i]);
+        }
+    }
+    DecodeShared sh(shared, split.head_tile, s.d);
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+        if (h >= b.n_heads)
+            continue;
+        if (lane == 0)
+            *reinterpret_cast<float2 *>(&sh.bounds[(warp * CLSA_HEAD_TILE + h) * 2]) = make_float2(top[h], sum[h]);
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            if (i * 32 + lane < s.d)
+                sh.part[warp * sh.warp_stride + h * sh.stride + i * 32 + lane] = acc[h][i];
+        }
+    }
+    decode_finish(s, split, b, sh, active);
+}

@@ -1,0 +1,221 @@
+//! attention and gather_attention against the scalar references.
+use crate::harness::*;
+use ggml_kernels::contracts::*;
+use ggml_kernels::cuda::ops::{DecodeScratch, Executor, Gathered};
+
+#[derive(Clone)]
+pub struct Shape {
+    pub k: u32,
+    pub v: u32,
+    pub n_head: usize,
+    pub n_kv: usize,
+    pub d: usize,
+    pub window: usize,
+    pub ring: usize,
+    /// Slots' lengths.
+    pub lens: Vec<usize>,
+    /// (slot, position)
+    pub rows: Vec<(usize, usize)>,
+}
+
+impl Shape {
+    fn decode(n_head: usize, n_kv: usize, d: usize, lens: &[usize]) -> Self {
+        let rows = lens.iter().enumerate().map(|(s, &l)| (s, l - 1)).collect();
+        Self { k: CLSA_F16, v: CLSA_F16, n_head, n_kv, d, window: 0, ring: 0, lens: lens.to_vec(), rows }
+    }
+    /// Relative error allowed: f32 arithmetic, or weights (and q8_0 values, when `gathered`) rounded to f16.
+    fn tolerance(&self, gathered: bool) -> f32 {
+        let general = self.k == CLSA_F32 || self.v == CLSA_F32 || ![64, 128].contains(&self.d);
+        let rounded = gathered && (self.k == CLSA_Q8_0 || self.v == CLSA_Q8_0);
+        if general && !rounded { 2e-6 } else { 6e-4 }
+    }
+}
+
+/// What both ops need on both sides.
+struct Data {
+    seq: Sequences,
+    k: Pool,
+    v: Pool,
+    q: Dual<f32>,
+    out: Dual<f32>,
+    scratch: Dual<u8>,
+}
+
+impl Data {
+    fn new(target: &Target, s: &Shape) -> Self {
+        let mut random = Random::new(s.d as u64 * 31 + s.n_head as u64);
+        let seq = Sequences::new(target, &mut random, &s.lens, &s.rows);
+        let width = s.n_kv * s.d;
+        let mut filled = |kind| {
+            seq.pool(target, kind, width, s.ring, |_, _| {
+                random.normals(width).into_iter().map(|x| x * 1.5 + 0.1).collect()
+            })
+        };
+        let (k, v) = (filled(s.k), filled(s.v));
+        let n = s.rows.len() * s.n_head * s.d;
+        let bytes = DecodeScratch::bytes(target.multiprocessors(), s.n_head, s.n_kv, s.d);
+        Self {
+            k,
+            v,
+            q: Dual::new(target, random.normals(n)),
+            out: Dual::poisoned(target, n),
+            scratch: Dual::new(target, vec![0; bytes]),
+            seq,
+        }
+    }
+    fn scratch(&self) -> DecodeScratch {
+        DecodeScratch::new(self.scratch.d(), self.scratch.host.len())
+    }
+}
+
+fn check_attention(target: &Target, s: &Shape) {
+    let mut data = Data::new(target, s);
+    let common = clsa_attention {
+        n_head: s.n_head as i32,
+        n_kv: s.n_kv as i32,
+        d: s.d as i32,
+        window: s.window as i32,
+        scale: 1.0 / (s.d as f32).sqrt(),
+        ..Default::default()
+    };
+    let host = clsa_attention {
+        batch: data.seq.host(),
+        q: data.q.h(),
+        out: data.out.h(),
+        k: data.k.host(),
+        v: data.v.host(),
+        ..common
+    };
+    reference(&host);
+    let device = clsa_attention {
+        batch: data.seq.device(),
+        q: data.q.d(),
+        out: data.out.d(),
+        k: data.k.device(),
+        v: data.v.device(),
+        ..common
+    };
+    let mut before: Option<Vec<f32>> = None;
+    for _ in 0..2 {
+        // SAFETY: buffers of these shapes live until the wait.
+        unsafe { data.scratch().attention(target, &device).expect("attention") };
+        target.wait();
+        let out = data.out.fetch();
+        let error = relative_error(&out, &data.out.host, s.d);
+        assert!(error < s.tolerance(false), "error {error}");
+        assert!(before.replace(out.clone()).is_none_or(|b| b == out), "not the same twice");
+    }
+}
+
+fn check_gather(target: &Target, s: &Shape, columns: usize) {
+    let mut data = Data::new(target, s);
+    let mut random = Random::new(5);
+    let (mut selected, mut count) = (Vec::new(), Vec::new());
+    for &(_, pos) in &s.rows {
+        // A random subset, ascending; all when there are not more than columns.
+        let mut all: Vec<u32> = (0..=pos as u32).collect();
+        while all.len() > columns {
+            all.remove(random.below(all.len()));
+        }
+        count.push(all.len() as i32);
+        all.resize(columns, u32::MAX);
+        selected.extend(all);
+    }
+    let (mut selected, mut count) = (Dual::new(target, selected), Dual::new(target, count));
+    let common = clsa_gather_attention {
+        n_head: s.n_head as i32,
+        n_kv: s.n_kv as i32,
+        d: s.d as i32,
+        n_columns: columns as i32,
+        scale: 1.0 / (s.d as f32).sqrt(),
+        ..Default::default()
+    };
+    let host = clsa_gather_attention {
+        batch: data.seq.host(),
+        q: data.q.h(),
+        out: data.out.h(),
+        k: data.k.host(),
+        v: data.v.host(),
+        selected: selected.h(),
+        count: count.h(),
+        ..common
+    };
+    reference(&host);
+    let device = clsa_gather_attention {
+        batch: data.seq.device(),
+        q: data.q.d(),
+        out: data.out.d(),
+        k: data.k.device(),
+        v: data.v.device(),
+        selected: selected.d(),
+        count: count.d(),
+        ..common
+    };
+    let bytes = Gathered::bytes(s.rows.len(), columns, s.n_kv * s.d, s.k, s.v);
+    let compact = Dual::<u8>::poisoned(target, bytes);
+    let gathered = Gathered::new(compact.d(), bytes);
+    for use_gathered in [true, false] {
+        // SAFETY: as above.
+        unsafe {
+            if use_gathered {
+                gathered.gather(target, &device).expect("gather");
+            }
+            data.scratch()
+                .gather_attention(target, &device, use_gathered.then_some(&gathered))
+                .expect("gather_attention");
+        }
+        target.wait();
+        let error = relative_error(&data.out.fetch(), &data.out.host, s.d);
+        assert!(error < s.tolerance(use_gathered), "gathered {use_gathered}: error {error}");
+    }
+}
+
+#[test]
+fn dense_decode_of_ragged_sequences() {
+    on_each_target(|target| {
+        check_attention(target, &Shape::decode(5, 1, 128, &[1000]));
+        check_attention(target, &Shape::decode(9, 3, 64, &[1, 15, 16, 17, 300, 256, 257]));
+        check_attention(target, &Shape::decode(4, 4, 64, &[33, 70]));
+        check_attention(target, &Shape::decode(24, 2, 64, &[100]));
+    });
+}
+
+#[test]
+fn window_decode_in_rings_and_pages() {
+    on_each_target(|target| {
+        let base = Shape { window: 100, ..Shape::decode(10, 2, 128, &[1, 99, 100, 101, 450, 512, 700]) };
+        check_attention(target, &base);
+        check_attention(target, &Shape { ring: 128, ..base.clone() });
+        check_attention(target, &Shape { ring: 107, window: 33, ..base.clone() });
+        check_attention(target, &Shape { window: 1, ..base });
+    });
+}
+
+#[test]
+fn each_cache_type_and_head_dim() {
+    on_each_target(|target| {
+        for k in [CLSA_F32, CLSA_F16, CLSA_Q8_0] {
+            for v in [CLSA_F32, CLSA_F16, CLSA_Q8_0] {
+                for (d, n_head) in [(64, 3), (128, 5)] {
+                    let shape = Shape { k, v, ..Shape::decode(n_head, 1, d, &[70, 150]) };
+                    check_attention(target, &shape);
+                    check_gather(target, &shape, 80);
+                }
+            }
+        }
+        for (d, kind) in [(32, CLSA_F16), (80, CLSA_F16), (96, CLSA_Q8_0), (256, CLSA_F16), (512, CLSA_F32)] {
+            let shape = Shape { k: kind, v: kind, ..Shape::decode(10, 2, d, &[70, 9]) };
+            check_attention(target, &shape);
+            check_gather(target, &shape, 16);
+        }
+    });
+}
+
+#[test]
+fn selected_positions_of_ragged_sequences() {
+    on_each_target(|target| {
+        check_gather(target, &Shape::decode(20, 4, 128, &[600]), 256);
+        check_gather(target, &Shape::decode(9, 3, 64, &[1, 15, 64, 65, 300, 513]), 64);
+        check_gather(target, &Shape::decode(9, 1, 64, &[40]), 33);
+    });
+}
