@@ -1,4 +1,6 @@
-//! llama.cpp itself, to compare with: its tokenizer.
+//! llama.cpp itself, to compare with: its tokenizer here, its forward pass in [`run`].
+pub mod run;
+
 use crate::ggml;
 use std::{
     ffi::{CString, c_char, c_void},
@@ -20,16 +22,21 @@ unsafe impl Sync for Vocab {}
 /// Keeps llama.cpp's messages off stderr.
 unsafe extern "C" fn quiet(_: ggml::ggml_log_level, _: *const c_char, _: *mut c_void) {}
 
+/// Starts llama.cpp, silently, once.
+fn init() {
+    static INIT: Once = Once::new();
+    // SAFETY: both may be called at any time; the callback is a plain function without data.
+    INIT.call_once(|| unsafe {
+        ggml::llama_log_set(Some(quiet), std::ptr::null_mut());
+        ggml::llama_backend_init();
+    });
+}
+
 impl Vocab {
     /// Loads the vocabulary, and no weights, of the file at `path`; `None` where llama.cpp refuses it.
     #[must_use]
     pub fn open(path: &Path) -> Option<Self> {
-        static INIT: Once = Once::new();
-        // SAFETY: both may be called at any time; the callback is a plain function without data.
-        INIT.call_once(|| unsafe {
-            ggml::llama_log_set(Some(quiet), std::ptr::null_mut());
-            ggml::llama_backend_init();
-        });
+        init();
         let path = CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
         // SAFETY: returns a plain struct.
         let mut params = unsafe { ggml::llama_model_default_params() };

@@ -1,0 +1,145 @@
+//! llama.cpp running a model, as an oracle for Transformer files and as the yardstick of benchmarks.
+use std::{ffi::CString, path::Path, ptr::NonNull};
+
+use super::init;
+use crate::{ggml, quant::Type};
+
+/// What a llama.cpp context is made for.
+#[derive(Clone, Copy, Debug)]
+pub struct Params {
+    /// Positions.
+    pub context: u32,
+    /// Tokens of a micro-batch in prompt processing (`n_batch` and `n_ubatch`).
+    pub batch: u32,
+    /// Threads, for prompts and for single tokens.
+    pub threads: i32,
+    /// Type of cached keys and values.
+    pub cache: Type,
+    /// Flash attention; llama.cpp needs it for a quantized cache.
+    pub flash_attention: bool,
+}
+
+/// A model and one sequence in llama.cpp, on the CPU.
+pub struct Llama {
+    context: NonNull<ggml::llama_context>,
+    model: NonNull<ggml::llama_model>,
+    n_vocab: usize,
+    params: Params,
+    len: usize,
+}
+
+// SAFETY: a llama.cpp context may be used from any thread, by one at a time; it is reached through &mut self only.
+unsafe impl Send for Llama {}
+
+impl Llama {
+    /// Loads the file at `path` (memory-mapped, no layer on a GPU) and reserves a context.
+    ///
+    /// # Errors
+    /// What could not be done, in words.
+    pub fn open(path: &Path, params: Params) -> Result<Self, String> {
+        init();
+        let name = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| e.to_string())?;
+        // SAFETY: returns a plain struct.
+        let mut of_model = unsafe { ggml::llama_model_default_params() };
+        of_model.n_gpu_layers = 0;
+        // SAFETY: `name` ends with a NUL and outlives the call; null is the answer to a file that cannot be read.
+        let model = NonNull::new(unsafe { ggml::llama_model_load_from_file(name.as_ptr(), of_model) })
+            .ok_or_else(|| format!("{}: llama.cpp cannot load it", path.display()))?;
+        // SAFETY: returns a plain struct.
+        let mut of_context = unsafe { ggml::llama_context_default_params() };
+        of_context.n_ctx = params.context;
+        of_context.n_batch = params.batch;
+        of_context.n_ubatch = params.batch;
+        of_context.n_threads = params.threads;
+        of_context.n_threads_batch = params.threads;
+        of_context.type_k = params.cache.to_ggml() as ggml::ggml_type;
+        of_context.type_v = params.cache.to_ggml() as ggml::ggml_type;
+        of_context.flash_attn_type = if params.flash_attention {
+            ggml::LLAMA_FLASH_ATTN_TYPE_ENABLED
+        } else {
+            ggml::LLAMA_FLASH_ATTN_TYPE_DISABLED
+        };
+        // SAFETY: the model is alive; the parameters hold no pointers of ours.
+        let context = NonNull::new(unsafe { ggml::llama_init_from_model(model.as_ptr(), of_context) });
+        let Some(context) = context else {
+            // SAFETY: the model is ours alone and not used again.
+            unsafe { ggml::llama_model_free(model.as_ptr()) };
+            return Err(format!("{}: llama.cpp cannot make a context of {params:?}", path.display()));
+        };
+        // SAFETY: the model is alive.
+        let n_vocab =
+            unsafe { ggml::llama_vocab_n_tokens(ggml::llama_model_get_vocab(model.as_ptr())) } as usize;
+        Ok(Self { context, model, n_vocab, params, len: 0 })
+    }
+
+    /// Positions that the sequence holds.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the sequence holds nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets the sequence.
+    pub fn clear(&mut self) {
+        // SAFETY: the context is alive.
+        unsafe { ggml::llama_memory_clear(ggml::llama_get_memory(self.context.as_ptr()), false) };
+        self.len = 0;
+    }
+
+    /// Appends `tokens` and returns the logits of the last one, `[vocab]`.
+    ///
+    /// # Errors
+    /// When there is no token, one is outside the vocabulary, they do not fit the context, or llama.cpp fails.
+    pub fn decode(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        let needed = self.len + tokens.len();
+        if tokens.is_empty() || needed > self.params.context as usize {
+            return Err(format!(
+                "{} tokens after {} in a context of {}",
+                tokens.len(),
+                self.len,
+                self.params.context
+            ));
+        }
+        if let Some(token) = tokens.iter().find(|&&t| t as usize >= self.n_vocab) {
+            return Err(format!("token {token} is outside the vocabulary of {}", self.n_vocab));
+        }
+        let mut ids: Vec<ggml::llama_token> = tokens.iter().map(|&t| t as ggml::llama_token).collect();
+        for chunk in ids.chunks_mut(self.params.batch as usize) {
+            // SAFETY: the chunk outlives the decode call below, which only reads it; it is at most n_batch tokens, each in the
+            // vocabulary.
+            let status = unsafe {
+                let batch = ggml::llama_batch_get_one(chunk.as_mut_ptr(), chunk.len() as i32);
+                ggml::llama_decode(self.context.as_ptr(), batch)
+            };
+            if status != 0 {
+                return Err(format!("llama_decode answered {status}"));
+            }
+            self.len += chunk.len();
+        }
+        // SAFETY: the last token of a batch without a logits mask has logits; -1 names it.
+        let logits = unsafe { ggml::llama_get_logits_ith(self.context.as_ptr(), -1) };
+        if logits.is_null() {
+            return Err("llama.cpp has no logits".into());
+        }
+        // SAFETY: llama.cpp holds n_vocab floats there until the next decode, which needs &mut self.
+        Ok(unsafe { std::slice::from_raw_parts(logits, self.n_vocab) })
+    }
+}
+
+impl Drop for Llama {
+    fn drop(&mut self) {
+        // SAFETY: both are ours alone and not used again; the context goes before its model.
+        unsafe {
+            ggml::llama_free(self.context.as_ptr());
+            ggml::llama_model_free(self.model.as_ptr());
+        }
+    }
+}
+
+/// Result with an explanation in words.
+type Result<T, E = String> = std::result::Result<T, E>;
