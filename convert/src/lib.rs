@@ -1,7 +1,22 @@
 //! GGUF files, and the conversion of checkpoints to them.
+pub mod checkpoint;
+pub mod encode;
+pub mod family;
 pub mod gguf;
+pub mod imatrix;
+pub mod model;
+pub mod plan;
+mod random;
+pub mod recipe;
+pub mod synth;
+mod tokenizer;
 
 use std::path::PathBuf;
+
+pub use encode::Options;
+pub use model::Model;
+pub use plan::Plan;
+pub use recipe::{Mix, Override, Recipe};
 
 /// What can go wrong in a conversion.
 #[derive(Debug, thiserror::Error)]
@@ -13,7 +28,15 @@ pub enum Error {
     /// A checkpoint, an option or a name is not usable.
     #[error("{0}")]
     Input(String),
-    /// Reading or writing failed.
+    /// An input file or folder cannot be read.
+    #[error("cannot open {}: {source}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Writing failed.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file that was touched.
@@ -21,6 +44,9 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The system failed.
+    #[error("{0}")]
+    Runtime(String),
     /// The user interrupted the work.
     #[error("interrupted")]
     Interrupted,
@@ -34,8 +60,8 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Gguf(_) | Self::Input(_) => 2,
-            Self::Io { .. } => 1,
+            Self::Gguf(_) | Self::Input(_) | Self::Open { .. } => 2,
+            Self::Io { .. } | Self::Runtime(_) => 1,
             Self::Interrupted => 130,
         }
     }

@@ -1,7 +1,11 @@
 //! The command line: one module per subcommand, each with its arguments and `run`.
 pub mod bench;
+pub mod convert;
 pub mod inspect;
 pub mod model;
+pub mod quantize;
+pub mod recipe;
+pub mod synth;
 pub mod verify;
 
 use std::ffi::OsString;
@@ -26,6 +30,12 @@ pub struct Cli {
 pub enum Command {
     /// Time prompt processing and generation
     Bench(Box<bench::BenchArgs>),
+    /// Convert a checkpoint folder to a GGUF file
+    Convert(convert::ConvertArgs),
+    /// Convert a GGUF file to other tensor types
+    Quantize(quantize::QuantizeArgs),
+    /// Make a model of random weights in one of the paper's shapes
+    Synth(synth::SynthArgs),
     /// Show what is in a GGUF file
     Inspect(inspect::InspectArgs),
     /// Prove that every byte of a GGUF file is as it was written
@@ -40,6 +50,9 @@ impl Command {
     pub fn run(self) -> Result<()> {
         match self {
             Self::Bench(args) => bench::run(&args),
+            Self::Convert(args) => convert::run(&args),
+            Self::Quantize(args) => quantize::run(&args),
+            Self::Synth(args) => synth::run(&args),
             Self::Inspect(args) => inspect::run(&args),
             Self::Verify(args) => verify::run(&args),
         }
