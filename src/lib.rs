@@ -9,6 +9,7 @@
 pub mod backend;
 pub mod bench;
 pub mod cache;
+pub mod chat;
 pub mod cli;
 pub mod config;
 pub mod engine;
