@@ -9,9 +9,13 @@ pub fn build(out: &Path) {
     println!("cargo:rerun-if-changed=tests/emulator");
     let here = std::env::current_dir().expect("current directory").display().to_string();
     let mut all = String::from("#define CLSA_EMULATE 1\n");
-    for header in
-        ["include/clsa.h", "tests/emulator/emulator.cpp", "cuda/cache_rows.cuh", "cuda/decode_attention.cuh"]
-    {
+    for header in [
+        "include/clsa.h",
+        "tests/emulator/emulator.cpp",
+        "cuda/cache_rows.cuh",
+        "cuda/decode_attention.cuh",
+        "cuda/prefill_attention.cuh",
+    ] {
         writeln!(all, "#include \"{here}/{header}\"").unwrap();
     }
     // Outside the namespaces: what the files share.

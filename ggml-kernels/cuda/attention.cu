@@ -1,5 +1,7 @@
-// attention over a contiguous range of positions (attention.h): decode, split over blocks (decode_attention.cuh).
+// attention over a contiguous range of positions (attention.h): decode, split over blocks (decode_attention.cuh), and
+// prefill, in tiles of rows (prefill_attention.cuh).
 #include "decode_attention.cuh"
+#include "prefill_attention.cuh"
 
 namespace {
 
@@ -31,3 +33,14 @@ CLSA_KERNEL(attention_decode_any_d64, clsa_attention_cuda, (DECODE_THREADS, 1), 
 CLSA_KERNEL(attention_decode_any_d128, clsa_attention_cuda, (DECODE_THREADS, 1), (attention_decode_any<4, 8>(p)))
 CLSA_KERNEL(attention_decode_any_d256, clsa_attention_cuda, (DECODE_THREADS, 1), (attention_decode_any<8, 4>(p)))
 CLSA_KERNEL(attention_decode_any_d512, clsa_attention_cuda, (DECODE_THREADS, 1), (attention_decode_any<16, 2>(p)))
+
+#define PREFILL(k, v, K, V)                                                                                            \
+    CLSA_KERNEL(attention_prefill_##k##_##v##_d64, clsa_attention_cuda, (PREFILL_THREADS, 1),                          \
+                (attention_prefill<K, V, 64>(p)))                                                                      \
+    CLSA_KERNEL(attention_prefill_##k##_##v##_d128, clsa_attention_cuda, (PREFILL_THREADS, 1),                         \
+                (attention_prefill<K, V, 128>(p)))
+
+PREFILL(f16, f16, CLSA_F16, CLSA_F16)
+PREFILL(f16, q8_0, CLSA_F16, CLSA_Q8_0)
+PREFILL(q8_0, f16, CLSA_Q8_0, CLSA_F16)
+PREFILL(q8_0, q8_0, CLSA_Q8_0, CLSA_Q8_0)

@@ -228,10 +228,17 @@ template <int D> struct QueryHeads {
 #pragma unroll
         for (int s = 0; s < D / 32; ++s) {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                x[s][i] = q == nullptr ? 0.0f : q[s * 32 + at + i] * factor;
-                largest = fmaxf(largest, fabsf(x[s][i]));
+            for (int i = 0; i < 8; i += 4) {
+                const float4 v =
+                    q == nullptr ? make_float4(0, 0, 0, 0) : *reinterpret_cast<const float4 *>(q + s * 32 + at + i);
+                x[s][i] = v.x * factor;
+                x[s][i + 1] = v.y * factor;
+                x[s][i + 2] = v.z * factor;
+                x[s][i + 3] = v.w * factor;
             }
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                largest = fmaxf(largest, fabsf(x[s][i]));
         }
         largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 2));

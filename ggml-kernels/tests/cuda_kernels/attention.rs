@@ -1,7 +1,7 @@
 //! attention and gather_attention against the scalar references.
 use crate::harness::*;
 use ggml_kernels::contracts::*;
-use ggml_kernels::cuda::ops::{DecodeScratch, Executor, Gathered};
+use ggml_kernels::cuda::ops::{DecodeScratch, Executor, Gathered, attention_prefill};
 
 #[derive(Clone)]
 pub struct Shape {
@@ -69,6 +69,10 @@ impl Data {
 }
 
 fn check_attention(target: &Target, s: &Shape) {
+    check(target, s, false);
+}
+
+fn check(target: &Target, s: &Shape, prefill: bool) {
     let mut data = Data::new(target, s);
     let common = clsa_attention {
         n_head: s.n_head as i32,
@@ -98,11 +102,19 @@ fn check_attention(target: &Target, s: &Shape) {
     let mut before: Option<Vec<f32>> = None;
     for _ in 0..2 {
         // SAFETY: buffers of these shapes live until the wait.
-        unsafe { data.scratch().attention(target, &device).expect("attention") };
+        unsafe {
+            if prefill {
+                assert!(attention_prefill(target, &device).expect("attention"), "a fast shape");
+            } else {
+                data.scratch().attention(target, &device).expect("attention");
+            }
+        }
         target.wait();
         let out = data.out.fetch();
         let error = relative_error(&out, &data.out.host, s.d);
-        assert!(error < s.tolerance(false), "error {error}");
+        // Prefill rounds q to f16 too.
+        let tolerance = if prefill { 1.5e-3 } else { s.tolerance(false) };
+        assert!(error < tolerance, "error {error}");
         assert!(before.replace(out.clone()).is_none_or(|b| b == out), "not the same twice");
     }
 }
@@ -217,5 +229,60 @@ fn selected_positions_of_ragged_sequences() {
         check_gather(target, &Shape::decode(20, 4, 128, &[600]), 256);
         check_gather(target, &Shape::decode(9, 3, 64, &[1, 15, 64, 65, 300, 513]), 64);
         check_gather(target, &Shape::decode(9, 1, 64, &[40]), 33);
+    });
+}
+
+#[test]
+fn prefill_over_windows_and_pages() {
+    on_each_target(|target| {
+        let span = |slot: usize, from: usize, to: usize| (from..to).map(move |p| (slot, p));
+        let base = Shape {
+            window: 100,
+            lens: vec![400],
+            rows: span(0, 300, 370).collect(),
+            ..Shape::decode(5, 1, 128, &[])
+        };
+        check(target, &base, true);
+        check(target, &Shape { window: 0, ..base.clone() }, true);
+        check(target, &Shape { ring: 256, lens: vec![370], ..base.clone() }, true);
+        check(target, &Shape { ring: 210, lens: vec![370], k: CLSA_Q8_0, ..base.clone() }, true);
+        // From the start, several sequences within a tile, heads that do not divide the tile.
+        let rows: Vec<_> = span(1, 0, 30).chain(span(0, 63, 70)).chain(span(2, 500, 540)).collect();
+        let ragged = Shape { n_head: 9, n_kv: 3, d: 64, lens: vec![70, 30, 540], rows, ..base.clone() };
+        check(target, &ragged, true);
+        check(target, &Shape { window: 0, v: CLSA_Q8_0, ..ragged.clone() }, true);
+        check(target, &Shape { window: 1, n_head: 4, n_kv: 4, ..ragged }, true);
+    });
+}
+
+#[test]
+fn prefill_does_not_depend_on_the_batch() {
+    on_each_target(|target| {
+        let run = |rows: Vec<(usize, usize)>| {
+            let shape = Shape { window: 100, lens: vec![400], rows, ..Shape::decode(3, 1, 64, &[]) };
+            let data = Data::new(target, &shape);
+            // One query for every row: the result depends on the position alone.
+            let one: Vec<f32> = data.q.host[..3 * 64].to_vec();
+            let q = Dual::new(target, shape.rows.iter().flat_map(|_| one.clone()).collect::<Vec<f32>>());
+            let op = clsa_attention {
+                batch: data.seq.device(),
+                n_head: 3,
+                n_kv: 1,
+                d: 64,
+                window: 100,
+                scale: 0.125,
+                q: q.d(),
+                out: data.out.d(),
+                k: data.k.device(),
+                v: data.v.device(),
+            };
+            // SAFETY: as above.
+            assert!(unsafe { attention_prefill(target, &op) }.expect("attention"));
+            target.wait();
+            data.out.fetch()
+        };
+        let whole = run((200..330).map(|p| (0, p)).collect());
+        let part = run((260..330).map(|p| (0, p)).collect());
+        assert!(whole[60 * 192..] == part[..], "a row's result depends on its batch");
     });
 }

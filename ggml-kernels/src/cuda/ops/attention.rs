@@ -6,6 +6,10 @@ use crate::contracts::*;
 const DECODE_THREADS: usize = 128;
 const DECODE_WARPS: usize = DECODE_THREADS / 32;
 const GATHER_THREADS: usize = 256;
+/// Rows (token, head) of a prefill tile, its threads, and the positions of a tile of keys (prefill_attention.cuh).
+const PREFILL_ROWS: usize = 128;
+const PREFILL_THREADS: usize = 256;
+const PREFILL_KEYS: usize = 64;
 /// Decode blocks that a multiprocessor holds at a time.
 const BLOCKS_PER_MULTIPROCESSOR: usize = 3;
 /// Waves of blocks when there are too many rows for one.
@@ -203,6 +207,31 @@ impl DecodeScratch {
         // SAFETY: as above.
         unsafe { on.run(&name, launch, &params) }
     }
+}
+
+/// Queues `op` (attention.h) for a batch of many rows of the same sequences, whose pointers are device addresses. False when no kernel
+/// takes this shape (a cache of f32, a head dim other than 64 and 128): then [`DecodeScratch::attention`] does, row by row.
+///
+/// # Errors
+/// A shape that cannot be, or a failure of the driver.
+///
+/// # Safety
+/// The pointers of `op` are valid on the executor's device until the work is done; positions lie within the page tables.
+pub unsafe fn attention_prefill(on: &impl Executor, op: &clsa_attention) -> Result<bool> {
+    let heads = Heads::new(op.n_head, op.n_kv, op.d)?;
+    same_place(&op.k, &op.v, heads)?;
+    let (fast, k, v) = fast(&op.k, &op.v, heads.d)?;
+    let tokens = PREFILL_ROWS / (heads.n_head / heads.n_kv);
+    if !fast || tokens == 0 {
+        return Ok(false);
+    }
+    let params = clsa_attention_cuda { op: *op, tokens: tokens as i32, ..Default::default() };
+    let launch = Launch::new(1, PREFILL_THREADS)
+        .grid((op.batch.n_rows as usize).div_ceil(tokens), heads.n_kv, 1)
+        .shared(4 * PREFILL_KEYS * heads.d * 2);
+    // SAFETY: the kernel's parameter struct; its addresses are the caller's promise.
+    unsafe { on.run(&format!("attention_prefill_{k}_{v}_d{}", heads.d), launch, &params) }?;
+    Ok(true)
 }
 
 /// Room for the selected K and V rows of a batch side by side, f16 (f32 where the cache is f32).

@@ -6,7 +6,7 @@ mod attention;
 mod rope_append;
 mod route;
 
-pub use attention::{DecodeScratch, Gathered};
+pub use attention::{DecodeScratch, Gathered, attention_prefill};
 pub use rope_append::rope_append;
 pub use route::RouteScratch;
 
