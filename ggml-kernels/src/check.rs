@@ -1,7 +1,7 @@
 //! Bounds checks of the op parameters: each returns what is wrong.
 use crate::contracts::*;
 
-type Check = Result<(), String>;
+pub(crate) type Check = Result<(), String>;
 
 /// Positions are below this, so that the kernels may add to them.
 const MAX_POSITIONS: i32 = 1 << 30;
@@ -228,3 +228,5 @@ pub(crate) fn topk(p: &clsa_topk) -> Check {
     ensure!(!p.scores.is_null() && !p.selected.is_null(), "scores or selected is null");
     Ok(())
 }
+
+pub(crate) use crate::matmul::{check_matmul as matmul, check_pack as pack};

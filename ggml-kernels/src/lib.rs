@@ -2,8 +2,10 @@
 //!
 //! Each op is one contract header in `include/`, one scalar reference and SIMD variants in `cpu/`, one CUDA file in `cuda/`.
 
+pub mod limits;
 pub mod llama;
 pub mod mapping;
+pub mod matmul;
 pub mod quant;
 
 /// ggml's and llama.cpp's C interface.

@@ -21,6 +21,8 @@ pub struct Ops {
     route: Kernel<clsa_route>,
     score: Kernel<clsa_score>,
     topk: Kernel<clsa_topk>,
+    pack: Kernel<clsa_pack>,
+    matmul: Kernel<clsa_matmul>,
 }
 
 macro_rules! table {
@@ -33,6 +35,8 @@ macro_rules! table {
             route: $route,
             score: $score,
             topk: $topk,
+            pack: crate::matmul::kernels(Level::$level).0,
+            matmul: crate::matmul::kernels(Level::$level).1,
         }
     };
 }
@@ -147,6 +151,8 @@ op!(clsa_gather_attention, gather_attention, clsa_gather_attention_scratch);
 op!(clsa_route, route, clsa_route_scratch);
 op!(clsa_score, score, clsa_score_scratch);
 op!(clsa_topk, topk, clsa_topk_scratch);
+op!(clsa_pack, pack, clsa_pack_scratch);
+op!(clsa_matmul, matmul, clsa_matmul_scratch);
 
 /// Memory that the threads of an op share: aligned, and zero at first.
 #[derive(Debug)]
@@ -187,7 +193,7 @@ impl Scratch {
         self.lines.is_empty()
     }
 
-    fn as_ptr(&self) -> *mut c_void {
+    pub(crate) fn as_ptr(&self) -> *mut c_void {
         self.lines.as_ptr().cast_mut().cast()
     }
 }

@@ -1,0 +1,139 @@
+// What the variants of matmul share: types, the layout of packed rows, how the outputs are shared out.
+#pragma once
+#include "common.h"
+#include "matmul.h"
+
+// ggml's numbers, values and bytes of a block.
+#define MM_TYPES(X)                                                                                                    \
+    X(F32, 0, 1, 4)                                                                                                    \
+    X(F16, 1, 1, 2)                                                                                                    \
+    X(Q4_0, 2, 32, 18)                                                                                                 \
+    X(Q4_1, 3, 32, 20)                                                                                                 \
+    X(Q5_0, 6, 32, 22)                                                                                                 \
+    X(Q5_1, 7, 32, 24)                                                                                                 \
+    X(Q8_0, 8, 32, 34)                                                                                                 \
+    X(Q2_K, 10, 256, 84)                                                                                               \
+    X(Q3_K, 11, 256, 110)                                                                                              \
+    X(Q4_K, 12, 256, 144)                                                                                              \
+    X(Q5_K, 13, 256, 176)                                                                                              \
+    X(Q6_K, 14, 256, 210)                                                                                              \
+    X(IQ4_NL, 20, 32, 18)                                                                                              \
+    X(IQ4_XS, 23, 256, 136)                                                                                            \
+    X(BF16, 30, 1, 2)
+
+#define MM_ENUM(name, number, values, bytes) T_##name = number,
+enum mm_type { MM_TYPES(MM_ENUM) };
+#undef MM_ENUM
+
+ALWAYS_INLINE size_t mm_row_bytes(int32_t type, int32_t n_in) {
+    switch (type) {
+#define MM_CASE(name, number, values, bytes)                                                                           \
+    case number:                                                                                                       \
+        return (size_t)n_in / values * bytes;
+        MM_TYPES(MM_CASE)
+#undef MM_CASE
+    }
+    return 0;
+}
+
+ALWAYS_INLINE int mm_is_float(int32_t type) { return type == T_F32 || type == T_F16 || type == T_BF16; }
+
+// Blocks of 32 values have a scale each, or one for each half; and a minimum beside the scale, or none.
+enum mm_kind { S32, M32, S16, M16 };
+
+ALWAYS_INLINE enum mm_kind mm_kind_of(int32_t type) {
+    switch (type) {
+    case T_Q4_1:
+    case T_Q5_1:
+    case T_Q4_K:
+    case T_Q5_K:
+        return M32;
+    case T_Q3_K:
+    case T_Q6_K:
+        return S16;
+    case T_Q2_K:
+        return M16;
+    default:
+        return S32;
+    }
+}
+
+// ---- Packed rows, form Q8. Rows go in tiles of TILE (the last one has what is left); a tile of h rows of nb blocks is
+//   q    [nb][8][h][4] int8     four values of each row side by side, as vpdpbusd wants them
+//   s    [nb][h] f32            x = s * q
+//   f    [nb][h] f32            s * sum(q), what the weights' minimum is multiplied by
+//   i32  [nb][h] int32          -128 * sum(q): undoes the bias of weights stored as unsigned bytes
+//   i16  [nb][2][h] int32       -32 * sum(q) of each half block
+#define TILE 12
+// Bytes of a row and block.
+#define Q8_BLOCK (32 + 5 * 4)
+
+struct q8_tile {
+    int8_t *q;
+    float *s, *f;
+    int32_t *i32, *i16;
+    int h;
+};
+
+ALWAYS_INLINE struct q8_tile q8_tile_at(uint8_t *packed, int n_rows, int n_in, int row) {
+    size_t nb = (size_t)n_in / 32, first = (size_t)(row / TILE * TILE);
+    size_t h = (size_t)MIN(TILE, n_rows - (int)first);
+    struct q8_tile t = {.h = (int)h, .q = (int8_t *)packed + first * nb * Q8_BLOCK};
+    t.s = (float *)(t.q + 32 * nb * h);
+    t.f = t.s + nb * h;
+    t.i32 = (int32_t *)(t.f + nb * h);
+    t.i16 = t.i32 + nb * h;
+    return t;
+}
+
+// ---- Form F32: [n_rows][F32_STRIDE] f32, zeros behind the n_in values; it lies behind the Q8 form.
+#define F32_STRIDE(n_in) ROUND_UP((size_t)(n_in), 16)
+
+ALWAYS_INLINE size_t q8_bytes(int n_rows, int n_in) {
+    return ROUND_UP((size_t)n_rows * ((size_t)n_in / 32) * Q8_BLOCK, CLSA_ALIGN);
+}
+
+ALWAYS_INLINE float *f32_rows(uint8_t *packed, int n_rows, int n_in, int forms) {
+    return (float *)(packed + (forms & CLSA_FORM_Q8 ? q8_bytes(n_rows, n_in) : 0));
+}
+
+// ---- The outputs of all matrices in groups of 16: group g of the op is group `g` of matrix `m`.
+#define GROUP 16
+
+// Groups a thread works on at once: what their unpacked weights may take of a core's L2.
+#define PANEL_BYTES (384 * 1024)
+// Bytes of 32 x 16 unpacked weights: one byte each, and two scales and minima each.
+#define PANEL_BLOCK_MAX (32 * GROUP + 4 * 4 * GROUP)
+
+ALWAYS_INLINE int mm_groups(const struct clsa_matmul *p) {
+    int n = 0, used = p->epilogue == CLSA_EPILOGUE_SWIGLU ? 1 : p->n_mat;
+    for (int i = 0; i < used; i++)
+        n += (p->mat[i].n_out + GROUP - 1) / GROUP;
+    return n;
+}
+
+// Scratch of one thread: unpacked weights, rows that it packs itself, and 16 rows of a matrix of fewer than 16.
+struct mm_scratch {
+    uint8_t *panel, *packed, *rows;
+    size_t bytes;
+};
+
+ALWAYS_INLINE size_t mm_panel_bytes(const struct clsa_matmul *p) {
+    int blocks = (p->x.n_in + 31) / 32, both = p->epilogue == CLSA_EPILOGUE_SWIGLU ? 2 : 1;
+    return MAX((size_t)PANEL_BYTES, (size_t)blocks * PANEL_BLOCK_MAX * (size_t)both);
+}
+
+ALWAYS_INLINE struct mm_scratch mm_scratch_of(const struct clsa_matmul *p, int ith, void *scratch) {
+    struct mm_scratch s;
+    size_t rows = 0;
+    for (int i = 0; i < p->n_mat; i++)
+        if (p->mat[i].n_out < GROUP)
+            rows = MAX(rows, GROUP * mm_row_bytes(p->mat[i].type, p->x.n_in));
+    size_t packed = p->x.packed ? 0 : clsa_packed_bytes(p->x.n_rows, p->x.n_in, p->x.forms);
+    rows = ROUND_UP(rows, CLSA_ALIGN), packed = ROUND_UP(packed, CLSA_ALIGN);
+    s.bytes = mm_panel_bytes(p) + packed + rows;
+    s.panel = (uint8_t *)scratch + CLSA_SYNC + s.bytes * (size_t)ith;
+    s.packed = s.panel + mm_panel_bytes(p);
+    s.rows = s.packed + packed;
+    return s;
+}

@@ -1,0 +1,89 @@
+//! What the machine can do at most: bytes read, int8 and f32 operations per second. Benchmarks print it beside their rates.
+use crate::{contracts::*, simd::Level};
+use std::time::Instant;
+
+/// Rates of all threads together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Bytes per second, read from memory that no cache holds.
+    pub read: f64,
+    /// int8 operations per second (a multiply-add is two).
+    pub int8: f64,
+    /// f32 operations per second.
+    pub float: f64,
+}
+
+type Rate = unsafe extern "C" fn(i64) -> f64;
+type Read = unsafe extern "C" fn(*const u8, usize);
+
+fn kernels(level: Level) -> (Rate, Rate, Read) {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 if crate::matmul::has_vnni() => {
+            (clsa_limit_int8_avx512vnni, clsa_limit_f32_avx512vnni, clsa_limit_read_avx512vnni)
+        }
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 | Level::Avx512 => (clsa_limit_int8_avx2, clsa_limit_f32_avx2, clsa_limit_read_avx2),
+        _ => (clsa_limit_int8_ref, clsa_limit_f32_ref, clsa_limit_read_ref),
+    }
+}
+
+/// Measures with `threads` threads of a level, in about a second and with 512 MiB: the best of five rounds each.
+///
+/// # Panics
+/// This CPU cannot run the level.
+#[must_use]
+pub fn measure(level: Level, threads: usize) -> Limits {
+    assert!(level.available(), "{level} on this CPU");
+    let threads = threads.max(1);
+    let (int8, float, read) = kernels(level);
+    let best = |work: &(dyn Fn(usize) -> f64 + Sync)| (0..5).map(|_| rate(threads, work)).fold(0.0, f64::max);
+    const STEPS: i64 = 1_000_000;
+    // Random pages, so that none is the system's page of zeros.
+    let memory: Vec<u64> = (0..64 << 20).map(|i: u64| i.wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect();
+    let part = memory.len() / threads;
+    Limits {
+        // SAFETY: reads the slice.
+        read: best(&|i| unsafe {
+            read(memory[i * part..].as_ptr().cast(), part * 8);
+            (part * 8) as f64
+        }),
+        // SAFETY: the level is available; no memory is touched.
+        int8: best(&|_| unsafe { int8(STEPS) }),
+        // SAFETY: as above.
+        float: best(&|_| unsafe { float(STEPS) }),
+    }
+}
+
+/// What `work` returns on all threads, per second.
+fn rate(threads: usize, work: &(dyn Fn(usize) -> f64 + Sync)) -> f64 {
+    let barrier = std::sync::Barrier::new(threads);
+    let each = |i| {
+        barrier.wait();
+        let start = Instant::now();
+        (work(i), start.elapsed().as_secs_f64())
+    };
+    let (mut done, mut seconds) = (0.0, 0f64);
+    std::thread::scope(|s| {
+        let others: Vec<_> = (1..threads).map(|i| s.spawn(move || each(i))).collect();
+        let mine = each(0);
+        for (d, t) in others.into_iter().filter_map(|t| t.join().ok()).chain([mine]) {
+            done += d;
+            seconds = seconds.max(t);
+        }
+    });
+    done / seconds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_plausible() {
+        for level in Level::ALL.into_iter().filter(|l| l.available()) {
+            let l = measure(level, 1);
+            assert!([l.read, l.int8, l.float].iter().all(|r| (1e7..1e15).contains(r)), "{level}: {l:?}");
+        }
+    }
+}
