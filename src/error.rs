@@ -17,6 +17,9 @@ pub enum Error {
     /// A vocabulary cannot be used. Exit code 2.
     #[error(transparent)]
     Tokenizer(#[from] crate::tokenizer::Error),
+    /// A sampling parameter cannot be used (exit code 2), or no token can be taken from the logits (1).
+    #[error(transparent)]
+    Sampler(#[from] crate::sampler::Error),
     /// Reading or writing failed. Exit code 1.
     #[error("{}: {source}", path.display())]
     Io {
@@ -63,6 +66,7 @@ impl Error {
         match self {
             Self::Input(_) | Self::Gguf(_) | Self::Tokenizer(_) | Self::ContextFull { .. } => 2,
             Self::Convert(e) => e.exit_code(),
+            Self::Sampler(e) => e.exit_code(),
             Self::Io { .. } | Self::Memory { .. } | Self::Runtime(_) => 1,
             Self::Interrupted => 130,
         }

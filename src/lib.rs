@@ -17,6 +17,7 @@ pub mod error;
 pub mod interrupt;
 pub mod model;
 pub mod placement;
+pub mod sampler;
 pub mod session;
 pub mod tokenizer;
 
