@@ -57,6 +57,12 @@ impl Reference {
         })
     }
 
+    /// The residual stream after the last verb: every row of the batch, or, after `keep_outputs`, its output rows.
+    #[must_use]
+    pub fn hidden(&self) -> &[Vec<f32>] {
+        &self.x
+    }
+
     /// `W x` of every row.
     fn linear(&self, w: &Weight, x: &[Vec<f32>]) -> Vec<Vec<f32>> {
         let bytes = self.model.bytes(w);
