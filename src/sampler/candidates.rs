@@ -296,7 +296,7 @@ mod tests {
         #[test]
         fn top_p_keeps_the_shortest_sufficient_prefix(logits in logits(1..700), k in prop_oneof![Just(0usize), 1usize..100], p in 0f32..1.0) {
             let mut c = taken(&logits, k);
-            prop_assume!(c.list.len() > 0);
+            prop_assume!(!c.list.is_empty());
             c.top_p(p);
             let mut naive = sorted(&logits);
             naive.truncate(if k == 0 { usize::MAX } else { k });
@@ -312,7 +312,7 @@ mod tests {
         #[test]
         fn min_p_keeps_what_is_probable_enough(logits in logits(1..300), k in prop_oneof![Just(0usize), 1usize..100], p in 0.001f32..1.0) {
             let mut c = taken(&logits, k);
-            prop_assume!(c.list.len() > 0);
+            prop_assume!(!c.list.is_empty());
             c.min_p(p);
             let naive = sorted(&logits);
             let near = |c: &&(u32, f32, f64)| (c.2 / naive[0].2 / f64::from(p) - 1.0).abs() < 1e-5;
@@ -325,7 +325,7 @@ mod tests {
         #[test]
         fn typical_keeps_the_least_surprising_surprises(logits in logits(1..300), p in 0.01f32..0.99) {
             let mut c = taken(&logits, 0);
-            prop_assume!(c.list.len() > 0);
+            prop_assume!(!c.list.is_empty());
             c.typical(p);
             let mut naive = sorted(&logits);
             let entropy: f64 = naive.iter().map(|c| -c.2 * c.2.ln()).sum();
@@ -343,7 +343,7 @@ mod tests {
         #[test]
         fn xtc_leaves_the_last_of_the_probable(logits in logits(1..40), threshold in 0.01f32..0.6) {
             let mut c = taken(&logits, 0);
-            prop_assume!(c.list.len() > 0);
+            prop_assume!(!c.list.is_empty());
             c.xtc(threshold);
             let naive = sorted(&logits);
             prop_assume!(!naive.iter().any(|c| (c.2 - f64::from(threshold)).abs() < 1e-6));
