@@ -27,7 +27,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 CLSA := $(TARGET)/release/clsa
 PYTHON := .venv/bin/python
 
-.PHONY: build chat test test-slow test-python golden lint format install python cuda-toolkit build-deps help
+.PHONY: build chat test test-slow golden lint format install python cuda-toolkit build-deps help
 
 ## Build the release binary; installs missing build tools (cmake, clang, libclang) through apt
 build: build-deps
@@ -47,10 +47,24 @@ chat: build
 ## Run every test but the slow ones
 test: build-deps python
 	$(CARGO) test --release --workspace $(CARGO_FLAGS)
+	$(CARGO) test --release -p ggml-kernels --features cuda-emulator --test cuda_kernels $(CARGO_FLAGS)
+	$(PYTHON) tests/golden/make.py --check
 
-## Run the slow tests too
+## Run the slow tests (make test runs the others)
 test-slow: build-deps python
-	$(CARGO) test --release --workspace $(CARGO_FLAGS) -- --include-ignored
+	$(CARGO) test --release --workspace $(CARGO_FLAGS) -- --ignored
+
+## Compare with goldens of a real checkpoint: CHECKPOINT=DIR with golden.json and golden_topk.json
+golden: build-deps python
+	@if [ -z "$(CHECKPOINT)" ]; then echo "make golden needs CHECKPOINT=DIR: a checkpoint folder with golden.json" >&2; exit 2; fi
+	@dir="$(CHECKPOINT)"; \
+	if [ -f "$$dir/expand.py" ]; then \
+	    dir="$(abspath $(TARGET))/golden-checkpoint"; \
+	    $(PYTHON) "$(CHECKPOINT)/expand.py" "$$dir"; \
+	    cp "$(CHECKPOINT)"/golden*.json "$$dir"; \
+	fi; \
+	CLSA_GOLDEN_CHECKPOINT="$$dir" $(CARGO) test --release --test golden_checkpoint $(CARGO_FLAGS) -- --include-ignored --nocapture \
+	    --test-threads 1
 
 ## Check formatting and lints of Rust, C and CUDA sources
 lint: build-deps
@@ -64,9 +78,10 @@ format:
 	$(CARGO) fmt --all
 	tools/format-c
 
-## Install the binary into PREFIX/bin
+## Install the binary and the bundled model under PREFIX
 install: build
 	install -Dm755 $(CLSA) "$(DESTDIR)$(PREFIX)/bin/clsa"
+	install -Dm644 models/smol-clsa-135m.gguf "$(DESTDIR)$(PREFIX)/share/clsa/models/smol-clsa-135m.gguf"
 
 ## Make .venv with the Python packages that the tests compare with
 python:
