@@ -3,7 +3,7 @@ use std::fmt::Write as _;
 use std::{fs, path::Path};
 
 /// These files, each in a namespace of its own in one translation unit.
-const FILES: &[&str] = &["attention", "gather_attention", "rope_append", "route"];
+const FILES: &[&str] = &["attention", "gather_attention", "rope_append", "route", "sample"];
 
 pub fn build(out: &Path) {
     println!("cargo:rerun-if-changed=tests/emulator");
@@ -15,11 +15,12 @@ pub fn build(out: &Path) {
         "cuda/cache_rows.cuh",
         "cuda/decode_attention.cuh",
         "cuda/prefill_attention.cuh",
+        "cuda/select.cuh",
     ] {
         writeln!(all, "#include \"{here}/{header}\"").unwrap();
     }
     // Outside the namespaces: what the files share.
-    for header in ["rope_append.h", "route_cuda.h"] {
+    for header in ["rope_append.h", "route_cuda.h", "sample_cuda.h"] {
         writeln!(all, "#include \"{here}/include/{header}\"").unwrap();
     }
     all.push_str("#include <float.h>\n");

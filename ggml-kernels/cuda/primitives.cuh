@@ -139,6 +139,14 @@ static __device__ __forceinline__ void store_keep_16(void *p, uint4 v, uint64_t 
 // Reads of what other blocks of this launch wrote: through L2, never L1.
 template <typename T> static __device__ __forceinline__ T load_l2(const T *p) { return __ldcg(p); }
 
+// CUDA's atomics take 64 bits as unsigned long long.
+static __device__ __forceinline__ void atomic_add_u64(uint64_t *p, uint64_t x) {
+    atomicAdd(reinterpret_cast<unsigned long long *>(p), (unsigned long long)x);
+}
+static __device__ __forceinline__ void atomic_max_u64(uint64_t *p, uint64_t x) {
+    atomicMax(reinterpret_cast<unsigned long long *>(p), (unsigned long long)x);
+}
+
 static __device__ __forceinline__ uint32_t f32_bits(float x) { return __float_as_uint(x); }
 static __device__ __forceinline__ float bits_f32(uint32_t x) { return __uint_as_float(x); }
 #endif // CLSA_EMULATE
@@ -158,10 +166,10 @@ static __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 // Sum over lanes 0..=lane.
-static __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x, int lane) {
+template <typename T> static __device__ __forceinline__ T warp_inclusive_sum(T x, int lane) {
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) {
-        const uint32_t y = __shfl_up_sync(CLSA_FULL_WARP, x, o);
+        const T y = __shfl_up_sync(CLSA_FULL_WARP, x, o);
         if (lane >= o)
             x += y;
     }

@@ -6,23 +6,12 @@
 // value. f16 keys and q8_0 quants are exact in f16, products are exact and summed in f32.
 #include "cache_rows.cuh"
 #include "route_cuda.h"
+#include "select.cuh"
 
 namespace {
 
-constexpr int SCORE_THREADS = 512, SELECT_THREADS = 1024, BINS = CLSA_ROUTE_BINS, CANDIDATES = CLSA_ROUTE_CANDIDATES;
-constexpr int BIN_SHIFT = 20;
-static_assert(BINS == 1 << (32 - BIN_SHIFT) && BINS == 4 * SELECT_THREADS,
-              "one histogram bin per value of the high bits");
-
-// Unsigned order of the result = order of the scores; -0 equals +0, NaN equals -inf.
-__device__ __forceinline__ uint32_t ordered(float x) {
-    uint32_t u = f32_bits(x);
-    if (x == 0.0f)
-        u = 0;
-    if (x != x)
-        u = 0xff800000u;
-    return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
+constexpr int SCORE_THREADS = 512, SELECT_THREADS = 1024, CANDIDATES = CLSA_ROUTE_CANDIDATES;
+static_assert(BINS == CLSA_ROUTE_BINS && BINS == 4 * SELECT_THREADS, "four bins per selecting thread");
 
 // What is selected from: single positions, or blocks of them.
 struct Units {
@@ -36,19 +25,6 @@ struct Units {
     }
     __device__ bool all() const { return n <= k || positions <= wanted; }
 };
-
-__device__ __forceinline__ void zero_histogram(uint32_t *bins, int n) {
-    for (int i = threadIdx.x; i < n; i += blockDim.x)
-        bins[i] = 0;
-    __syncthreads();
-}
-
-__device__ __forceinline__ void flush_histogram(const uint32_t *bins, uint32_t *global) {
-    for (int i = threadIdx.x; i < BINS; i += blockDim.x) {
-        if (bins[i] != 0)
-            atomicAdd(&global[i], bins[i]);
-    }
-}
 
 __device__ __forceinline__ void put_score(const clsa_route_cuda &p, int row, int pos, float score, bool keep_float,
                                           uint32_t *bins) {
@@ -270,46 +246,6 @@ __device__ __forceinline__ void route_pool_body(const clsa_route_cuda &p) {
 // ---- selection
 // ----------------------------------------------------------------------------------------------------------------------
 
-// Exclusive prefix sum over the block's threads; *total receives the sum. `sums` is 33 words of shared memory.
-__device__ __forceinline__ uint32_t block_prefix(uint32_t x, uint32_t *sums, uint32_t *total) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint32_t inclusive = warp_inclusive_sum(x, lane);
-    __syncthreads(); // the previous use of `sums` is over
-    if (lane == 31)
-        sums[warp] = inclusive;
-    __syncthreads();
-    if (warp == 0) {
-        const uint32_t own = lane < (int)(blockDim.x / 32) ? sums[lane] : 0, upto = warp_inclusive_sum(own, lane);
-        sums[lane] = upto - own;
-        if (lane == 31)
-            sums[32] = upto;
-    }
-    __syncthreads();
-    *total = sums[32];
-    return sums[warp] + inclusive - x;
-}
-
-// The bin that holds the `need`-th largest entry: entries in higher bins, entries in it.
-struct Pivot {
-    uint32_t bin, above, inside;
-};
-
-// Four bins per thread, descending: thread i holds bins n-1-4i .. n-4-4i of n = 4 * blockDim.x (c.w is the highest).
-__device__ __forceinline__ Pivot find_pivot(uint4 c, uint32_t n_bins, uint32_t need, uint32_t *sums,
-                                            Pivot *shared_pivot) {
-    uint32_t total;
-    uint32_t before = block_prefix(c.x + c.y + c.z + c.w, sums, &total);
-    const uint32_t counts[4] = {c.w, c.z, c.y, c.x};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (before < need && need <= before + counts[i])
-            *shared_pivot = {n_bins - 1 - 4 * threadIdx.x - i, before, counts[i]};
-        before += counts[i];
-    }
-    __syncthreads();
-    return *shared_pivot;
-}
-
 struct SelectShared {
     uint32_t sums[33];
     uint32_t flag;
@@ -405,7 +341,7 @@ __device__ __forceinline__ void mark_many(SelectShared &s, const uint32_t *keys,
             }
         }
         uint32_t total;
-        uint32_t rank = taken + block_prefix(__popc(equal), s.sums, &total);
+        uint32_t rank = taken + block_prefix((uint32_t)__popc(equal), s.sums, &total);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             if (equal >> j & 1u && rank++ < need)
@@ -432,7 +368,8 @@ __device__ __forceinline__ void extract(SelectShared &s, const uint32_t *bitmap,
         }
         uint32_t total;
         uint32_t rank =
-            base + block_prefix(__popc(word[0]) + __popc(word[1]) + __popc(word[2]) + __popc(word[3]), s.sums, &total);
+            base + block_prefix((uint32_t)(__popc(word[0]) + __popc(word[1]) + __popc(word[2]) + __popc(word[3])),
+                                s.sums, &total);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             for (uint32_t w = word[i]; w != 0; w &= w - 1) {

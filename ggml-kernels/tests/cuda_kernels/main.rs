@@ -4,3 +4,4 @@ mod attention;
 mod harness;
 mod rope_append;
 mod route;
+mod sample;

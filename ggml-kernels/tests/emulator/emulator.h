@@ -122,6 +122,15 @@ template <typename T, typename U> T atomicMax(T *p, U x) {
     return before;
 }
 
+template <typename T, typename U> T atomicMin(T *p, U x) {
+    const T before = *p;
+    if ((T)x < before)
+        *p = (T)x;
+    return before;
+}
+inline void atomic_add_u64(uint64_t *p, uint64_t x) { *p += x; }
+inline void atomic_max_u64(uint64_t *p, uint64_t x) { *p = max(*p, x); }
+
 static inline void grid_begin() {}
 inline float half_to_float(uint16_t h) {
     _Float16 v;

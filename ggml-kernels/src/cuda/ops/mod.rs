@@ -5,10 +5,12 @@
 mod attention;
 mod rope_append;
 mod route;
+mod sample;
 
 pub use attention::{DecodeScratch, Gathered, attention_prefill};
 pub use rope_append::rope_append;
 pub use route::RouteScratch;
+pub use sample::{philox_uniform, sample, sample_state_bytes};
 
 use super::{Error, Launch, Result, Stream};
 
