@@ -329,3 +329,106 @@ fn fit(wanted: Type, row: usize) -> Choice {
     let ty = [wanted, smaller].into_iter().find(whole).unwrap_or(Type::F16);
     Choice { ty, instead_of: (ty != wanted).then_some(wanted) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A yoco-clsa model of 16 + 16 layers with rows of `row`.
+    fn choose(recipe: &Recipe, row: u64) -> Result<Vec<(String, Choice)>> {
+        let mut names =
+            vec!["token_embd.weight".to_owned(), "output.weight".into(), "output_norm.weight".into()];
+        names.extend(
+            ["shared_kv.attn_k", "shared_kv.attn_v", "indexer.attn_q"].map(|n| format!("{n}.weight")),
+        );
+        for layer in 0..32 {
+            names.extend(["attn_q", "attn_output", "ffn_down"].map(|n| format!("blk.{layer}.{n}.weight")));
+            if layer < 16 {
+                names.push(format!("blk.{layer}.attn_v.weight"));
+            }
+        }
+        let shapes: Vec<Vec<u64>> =
+            names.iter().map(|n| if n.contains("norm") { vec![row] } else { vec![row, 4] }).collect();
+        let candidates: Vec<Candidate<'_>> = names
+            .iter()
+            .zip(&shapes)
+            .map(|(name, shape)| Candidate { name, shape, source: Type::BF16 })
+            .collect();
+        let choices = recipe.choose(&candidates, 5)?;
+        Ok(names.into_iter().zip(choices).collect())
+    }
+
+    fn of(choices: &[(String, Choice)], name: &str) -> Type {
+        choices.iter().find(|(n, _)| n == name).unwrap().1.ty
+    }
+
+    #[test]
+    fn a_mix_gives_more_bits_to_what_matters() {
+        let c = choose(&Recipe::new(Mix::Q4_K_M), 256).unwrap();
+        assert_eq!(of(&c, "token_embd.weight"), Type::Q4_K);
+        assert_eq!(of(&c, "output.weight"), Type::Q6_K);
+        assert_eq!(of(&c, "output_norm.weight"), Type::F32);
+        assert_eq!(of(&c, "blk.0.attn_q.weight"), Type::Q4_K);
+        for name in ["shared_kv.attn_k.weight", "shared_kv.attn_v.weight", "indexer.attn_q.weight"] {
+            assert_eq!(of(&c, name), Type::Q8_0);
+        }
+        let more = |part: &str, n| {
+            (0..n).filter(|i| of(&c, &format!("blk.{i}.{part}.weight")) == Type::Q6_K).collect::<Vec<_>>()
+        };
+        // Of 32 layers the first and last four and every third between; of the 16 with a V of their own likewise.
+        assert_eq!(more("ffn_down", 32), [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]);
+        assert_eq!(more("attn_v", 16), [0, 1, 4, 7, 10, 13, 14, 15]);
+    }
+
+    #[test]
+    fn pure_and_float_types_know_no_mix() {
+        let pure = choose(&Recipe { pure: true, ..Recipe::new(Mix::Q4_K_M) }, 256).unwrap();
+        assert!(pure.iter().all(|(n, c)| c.ty == if n.contains("norm") { Type::F32 } else { Type::Q4_K }));
+        let half = choose(&Recipe::new(Mix::F16), 256).unwrap();
+        assert!(half.iter().all(|(n, c)| c.ty == if n.contains("norm") { Type::F32 } else { Type::F16 }));
+    }
+
+    #[test]
+    fn rows_that_are_not_whole_blocks_fall_back() {
+        let c = choose(&Recipe::new(Mix::Q4_K_M), 96).unwrap();
+        let choice = |name: &str| c.iter().find(|(n, _)| n == name).unwrap().1;
+        assert_eq!(choice("blk.0.attn_q.weight"), Choice { ty: Type::Q5_0, instead_of: Some(Type::Q4_K) });
+        assert_eq!(choice("output.weight"), Choice { ty: Type::Q8_0, instead_of: Some(Type::Q6_K) });
+        assert_eq!(choice("shared_kv.attn_k.weight"), Choice { ty: Type::Q8_0, instead_of: None });
+        let c = choose(&Recipe::new(Mix::Q4_0), 40).unwrap();
+        assert_eq!(of(&c, "blk.0.attn_q.weight"), Type::F16);
+        for (wanted, smaller) in
+            [(Type::IQ4_XS, Type::IQ4_NL), (Type::Q3_K, Type::Q4_0), (Type::Q5_K, Type::Q5_1)]
+        {
+            assert_eq!(fit(wanted, 32).ty, smaller);
+        }
+    }
+
+    #[test]
+    fn overrides_come_first_and_must_fit_something() {
+        let overrides = vec![r"ffn_down=q8_0".parse().unwrap(), r"^(blk\.1\.|output)=f16".parse().unwrap()];
+        let recipe = Recipe { overrides, output: Some(Type::Q5_K), ..Recipe::new(Mix::Q4_0) };
+        let c = choose(&recipe, 256).unwrap();
+        assert_eq!(of(&c, "blk.1.ffn_down.weight"), Type::Q8_0);
+        assert_eq!(of(&c, "blk.1.attn_q.weight"), Type::F16);
+        assert_eq!(of(&c, "output.weight"), Type::F16);
+        assert_eq!(of(&c, "output_norm.weight"), Type::F32);
+        let unused = Recipe { overrides: vec!["ffn_dwon=q8_0".parse().unwrap()], ..Recipe::new(Mix::Q4_0) };
+        assert!(
+            choose(&unused, 256)
+                .unwrap_err()
+                .to_string()
+                .contains("ffn_dwon=Q8_0: no matrix has such a name")
+        );
+        assert!("ffn".parse::<Override>().unwrap_err().contains("REGEX=TYPE"));
+        assert!("(=q8_0".parse::<Override>().unwrap_err().contains("unclosed"));
+        assert!("a=q9".parse::<Override>().unwrap_err().contains("unknown tensor type"));
+    }
+
+    #[test]
+    fn mixes_have_names_in_any_case() {
+        assert_eq!("q4_k".parse(), Ok(Mix::Q4_K_M));
+        assert_eq!("iq4_XS".parse(), Ok(Mix::IQ4_XS));
+        assert!("q4_k_l".parse::<Mix>().unwrap_err().contains("Q4_K_S, Q4_K_M"));
+    }
+}

@@ -10,14 +10,14 @@ use ggml_kernels::quant;
 use tempfile::NamedTempFile;
 
 use super::{
-    MAX_DIMS, MAX_KEY, MAX_TENSOR_NAME, Value, ValueType,
+    DEFAULT_ALIGNMENT, MAX_DIMS, MAX_KEY, MAX_TENSOR_NAME, Value, ValueType,
     checksum::{Checksum, HEADER_KEY, Hasher, TENSORS_KEY},
     parse::tensor_bytes,
 };
 use crate::{Error, Result};
 
-/// Alignment of the tensor data we write: a cache line, and a multiple of what every reader asks for.
-const ALIGNMENT: usize = 64;
+/// Alignment of the tensor data we write: the default, because llama.cpp's quantizer writes broken files from sources of another.
+const ALIGNMENT: usize = DEFAULT_ALIGNMENT;
 
 /// Metadata to be written, in the order in which keys were first set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -165,7 +165,7 @@ struct Layout {
 
 impl Layout {
     fn new(mut metadata: Metadata, tensors: Vec<TensorPlan>) -> Result<Self> {
-        metadata.u32("general.alignment", ALIGNMENT as u32);
+        metadata.remove("general.alignment");
         let mut names: Vec<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
         names.sort_unstable();
         if let Some(pair) = names.windows(2).find(|w| w[0] == w[1]) {
