@@ -87,6 +87,8 @@ struct Sequence {
     len: usize,
     /// One past the highest position whose window rows were written since the last restore.
     high: usize,
+    /// The oldest position whose window rows were there at the last restore.
+    low: usize,
     pages: Vec<u32>,
     checkpoints: Vec<Checkpoint>,
 }
@@ -238,7 +240,7 @@ impl Engine {
         let checkpoints = (self.sequence(from).checkpoints.iter())
             .map(|c| Checkpoint { len: c.len, window: c.window.clone() })
             .collect();
-        *self.sequence_mut(to) = Sequence { len, high: len, pages, checkpoints };
+        *self.sequence_mut(to) = Sequence { len, high: len, low: self.window_start(len), pages, checkpoints };
         self.write_table(to);
         Ok(to)
     }
@@ -370,7 +372,7 @@ impl Engine {
             return Ok(s.len);
         }
         let window_alive = self.model.config.window.is_none_or(|window| {
-            let oldest = s.high.saturating_sub(ring_len(window, self.spec.max_rows));
+            let oldest = s.high.saturating_sub(ring_len(window, self.spec.max_rows)).max(s.low);
             (len + 1).saturating_sub(window) >= oldest
         });
         let mut restored = len;
@@ -381,7 +383,9 @@ impl Engine {
                 self.backend.load_window(seq.0, at, &window)?;
             }
             restored = at;
-            self.sequence_mut(seq).high = at;
+            let low = self.window_start(at);
+            let s = self.sequence_mut(seq);
+            (s.high, s.low) = (at, low);
         }
         let kept = restored.div_ceil(PAGE);
         let s = self.sequence_mut(seq);
@@ -418,6 +422,23 @@ impl Engine {
             s.checkpoints.remove(least.unwrap_or(0));
         }
         Ok(())
+    }
+
+    /// Lengths that [`Self::rewind`] can return to exactly, and the windows there, oldest first.
+    pub fn checkpoints(&self, seq: SeqId) -> impl Iterator<Item = (usize, &[u8])> {
+        self.sequence(seq).checkpoints.iter().map(|c| (c.len, &*c.window))
+    }
+
+    /// Adds a checkpoint from a session file, in increasing `len`, which is at most the sequence's.
+    ///
+    /// # Panics
+    /// When `window` has not the size of [`Self::export_sizes`], or `len` is out of order.
+    pub fn add_checkpoint(&mut self, seq: SeqId, len: usize, window: &[u8]) {
+        assert_eq!(window.len(), self.export_sizes(len).1, "the windows at {len} positions");
+        let s = self.sequence_mut(seq);
+        let last = s.checkpoints.last().map(|c| c.len);
+        assert!(len <= s.len && last.is_none_or(|last| last < len), "a checkpoint at {len} after {last:?}");
+        s.checkpoints.push(Checkpoint { len, window: window.into() });
     }
 
     /// Writes what a sequence holds, for a session file: its pages row by row and its windows.
@@ -458,8 +479,9 @@ impl Engine {
             self.backend.write_page(page, n, &rows[i * PAGE * page_row..][..n * page_row])?;
         }
         self.backend.load_window(seq.0, len, window)?;
+        let low = self.window_start(len);
         let s = self.sequence_mut(seq);
-        (s.len, s.high) = (len, len);
+        (s.len, s.high, s.low) = (len, len, low);
         Ok(())
     }
 
@@ -490,8 +512,9 @@ impl Engine {
             }
         }
         self.backend.load_window(seq.0, len, &bytes)?;
+        let low = self.window_start(len);
         let s = self.sequence_mut(seq);
-        (s.len, s.high) = (len, len);
+        (s.len, s.high, s.low) = (len, len, low);
         self.checkpoint(seq)
     }
 
@@ -505,6 +528,11 @@ impl Engine {
             c.n_self * len.min(w - 1) * (self.spec.k.row_bytes(width) + self.spec.v.row_bytes(width))
         });
         (row, window)
+    }
+
+    /// The oldest position whose window rows a sequence of `len` positions needs.
+    fn window_start(&self, len: usize) -> usize {
+        self.model.config.window.map_or(0, |window| (len + 1).saturating_sub(window))
     }
 
     fn check_room(&self, seq: SeqId, more: usize) -> Result<()> {

@@ -20,6 +20,9 @@ pub enum Error {
     /// A sampling parameter cannot be used (exit code 2), or no token can be taken from the logits (1).
     #[error(transparent)]
     Sampler(#[from] crate::sampler::Error),
+    /// A session file cannot be used. Exit code 2.
+    #[error(transparent)]
+    Session(#[from] crate::session::FileError),
     /// Reading or writing failed. Exit code 1.
     #[error("{}: {source}", path.display())]
     Io {
@@ -64,7 +67,11 @@ impl Error {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Input(_) | Self::Gguf(_) | Self::Tokenizer(_) | Self::ContextFull { .. } => 2,
+            Self::Input(_)
+            | Self::Session(_)
+            | Self::Gguf(_)
+            | Self::Tokenizer(_)
+            | Self::ContextFull { .. } => 2,
             Self::Convert(e) => e.exit_code(),
             Self::Sampler(e) => e.exit_code(),
             Self::Io { .. } | Self::Memory { .. } | Self::Runtime(_) => 1,

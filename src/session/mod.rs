@@ -1,8 +1,17 @@
 //! One conversation over an engine: what its cache holds, and how a changed text reuses what stayed the same.
+mod file;
+mod identity;
+
 use std::ops::ControlFlow;
+use std::path::Path;
+
+use serde_json::Value;
 
 use crate::engine::{Engine, SeqId};
 use crate::error::{Error, Result};
+
+pub use file::{Contents, Error as FileError, SessionFile, VERSION};
+pub use identity::{Identity, model_hash};
 
 /// A sequence together with the tokens that its cache holds.
 pub struct Session {
@@ -149,5 +158,74 @@ impl Session {
         self.logits.clear();
         self.prompt = None;
         Ok(())
+    }
+
+    /// Saves the caches, the tokens and the application's `state` to `path`, bound to `identity`. The file appears whole or not at
+    /// all. Returns its size.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and what the backend reports.
+    pub fn save(&mut self, path: &Path, identity: &Identity, state: Value) -> Result<u64> {
+        let routing = self.routing();
+        let logits = self.prompt.as_ref().map(|(at, logits)| (*at, routing, logits.clone()));
+        let lens: Vec<usize> = self.engine.checkpoints(self.seq).map(|(len, _)| len).collect();
+        let kept = worth_saving(&lens, self.tokens.len());
+        let contents = Contents { tokens: self.tokens.clone(), logits, state };
+        file::write(path, identity, &contents, &mut self.engine, self.seq, &kept)
+    }
+
+    /// Takes the place of everything here with what `file` holds, if it fits; otherwise nothing changes.
+    ///
+    /// # Errors
+    /// As [`SessionFile::check`]. When the device itself fails the session is empty afterwards.
+    pub fn load(&mut self, file: &SessionFile, identity: &Identity) -> Result<()> {
+        file.check(identity, &self.engine)?;
+        self.clear()?;
+        if let Err(error) = file.import(&mut self.engine, self.seq) {
+            self.clear()?;
+            return Err(error);
+        }
+        let Contents { tokens, logits, .. } = file.contents();
+        self.tokens.clone_from(tokens);
+        let routing = self.routing();
+        let usable = logits.as_ref().filter(|(_, by, _)| *by == routing);
+        self.prompt = usable.map(|(at, _, logits)| (*at, logits.clone()));
+        if let Some((_, logits)) = self.prompt.as_ref().filter(|(at, _)| *at == tokens.len()) {
+            self.logits.clone_from(logits);
+        }
+        Ok(())
+    }
+
+    /// What logits depend on beside the cache.
+    fn routing(&self) -> String {
+        let (routing, top_k) = self.engine.routing();
+        format!("{routing} {top_k}")
+    }
+}
+
+/// Which checkpoints go into a file: the last few, where the next edit is most likely, and ever fewer farther back.
+fn worth_saving(lens: &[usize], len: usize) -> Vec<usize> {
+    const LAST: usize = 4;
+    const MOST: usize = 8;
+    let mut kept: Vec<usize> = vec![];
+    for &at in lens.iter().rev() {
+        let far = kept.last().is_none_or(|&last| len - at >= 2 * (len - last));
+        if kept.len() < LAST || (far && kept.len() < MOST) {
+            kept.push(at);
+        }
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoints_are_saved_densely_at_the_end_only() {
+        assert!(worth_saving(&[], 10).is_empty());
+        assert_eq!(worth_saving(&[1, 2, 3], 10), [3, 2, 1]);
+        let every: Vec<usize> = (0..100).map(|i| i * 100).collect();
+        assert_eq!(worth_saving(&every, 10_000), [9900, 9800, 9700, 9600, 9200, 8400, 6800, 3600]);
     }
 }
