@@ -187,7 +187,10 @@ fn ggml_sentencepiece_vocabulary_gives_the_ids_of_llama_cpp_and_sentencepiece() 
 #[test]
 #[ignore = "slow: needs CLSA_TEST_GGUF, a file with tokenizer.ggml.*, and perhaps CLSA_TEST_TEXT, a text file"]
 fn real_vocabulary_gives_the_ids_of_llama_cpp() {
-    let path = std::path::PathBuf::from(std::env::var_os("CLSA_TEST_GGUF").expect("CLSA_TEST_GGUF"));
+    let Some(path) = std::env::var_os("CLSA_TEST_GGUF").map(std::path::PathBuf::from) else {
+        println!("skipped: CLSA_TEST_GGUF names no file");
+        return;
+    };
     let long =
         std::env::var_os("CLSA_TEST_TEXT").map(|p| std::fs::read_to_string(p).unwrap()).unwrap_or_default();
     let ours = Tokenizer::from_gguf(&File::open(&path).unwrap()).unwrap();

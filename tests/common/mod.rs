@@ -49,6 +49,11 @@ pub fn convert(checkpoint: &Path, mix: &str) -> TempModel {
     write(clsa_convert::Model::from_checkpoint(&checkpoint).expect("a supported checkpoint"), mix)
 }
 
+/// The model of a GGUF file in other types.
+pub fn requantize(file: &clsa_convert::gguf::File, mix: &str) -> TempModel {
+    write(clsa_convert::Model::from_gguf(file).expect("a model"), mix)
+}
+
 /// A model of random weights in the shape of a preset.
 pub fn synth(preset: &str, mix: &str, seed: u64) -> TempModel {
     write(clsa_convert::synth::model(preset, seed).expect("a preset"), mix)
