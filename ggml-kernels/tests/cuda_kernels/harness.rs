@@ -264,6 +264,16 @@ impl Pool {
         };
         encode(d.type_ as u32, values, &mut bytes[at..at + d.row_stride]);
     }
+    /// Fills every f16 of the pool at random: magnitudes 0.5 to 1, either sign.
+    #[allow(dead_code)] // benches/cuda_ops.rs uses it
+    pub fn fill_f16(&mut self, target: &Target, random: &mut Random) {
+        assert_eq!(self.desc.type_, CLSA_F16 as i32);
+        for word in &mut self.bytes.host {
+            let bits = u64::from(random.bits()) << 32 | u64::from(random.bits());
+            *word = (bits & 0x83ff_83ff_83ff_83ff) | 0x3800_3800_3800_3800;
+        }
+        self.upload(target);
+    }
     pub fn upload(&mut self, target: &Target) {
         let host = std::mem::take(&mut self.bytes.host);
         self.bytes = Dual::new(target, host);
