@@ -1,19 +1,22 @@
-//! ggml's contexts, graphs and threads as owned Rust values, and the few node kinds that the model's verbs emit.
+//! ggml's contexts and graphs as owned Rust values, and the few node kinds that the model's verbs emit.
 use std::ffi::{c_int, c_void};
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ggml_kernels::ggml as g;
 
+use super::team::Team;
 use crate::error::{Error, Result};
 
-/// A node of a graph. Valid as long as the [`Graph`] (or [`Weights`](super::weights)) that made it.
+/// A node of a graph. Valid as long as the graph or context that made it.
 #[derive(Clone, Copy, Debug)]
 pub struct Node(pub *mut g::ggml_tensor);
 
 // SAFETY: a Node is an address; what it points to belongs to the backend that is moved as a whole.
 unsafe impl Send for Node {}
+// SAFETY: as above; shared Nodes only read the tensor's header, which does not change while a graph runs.
+unsafe impl Sync for Node {}
 
 impl Node {
     /// Values of a row, ne[0].
@@ -35,8 +38,15 @@ impl Node {
     }
 }
 
-/// What a custom node runs on each thread: destination, its sources, thread index and thread count.
-type Custom = Box<dyn Fn(Node, &[Node], usize, usize) + Send + Sync>;
+/// What a custom node runs: destination, its sources, which piece, and of how many.
+type Op = Box<dyn Fn(Node, &[Node], usize, usize) + Send + Sync>;
+
+/// A custom node's op, and who runs it.
+struct Custom {
+    op: Op,
+    pieces: usize,
+    team: Arc<Mutex<Team>>,
+}
 
 /// A ggml context whose tensors own no data.
 pub struct Context(*mut g::ggml_context);
@@ -83,37 +93,38 @@ unsafe impl Send for Context {}
 pub struct Graph {
     ctx: Context,
     graph: *mut g::ggml_cgraph,
-    // Boxed twice: ggml keeps a thin pointer to the inner box.
-    #[expect(clippy::vec_box, reason = "the address of each closure must not move")]
+    #[expect(clippy::vec_box, reason = "ggml keeps the address of each")]
     customs: Vec<Box<Custom>>,
+    team: Arc<Mutex<Team>>,
+    pieces: usize,
 }
 
 // SAFETY: as for Context; the closures are Send and Sync.
 unsafe impl Send for Graph {}
 
-unsafe extern "C" fn run_custom(dst: *mut g::ggml_tensor, ith: c_int, nth: c_int, userdata: *mut c_void) {
-    // SAFETY: userdata is the Box<Custom> that `Graph::custom` stored; it lives as long as the graph.
-    unsafe {
-        let f = &*userdata.cast::<Custom>();
-        let n = (*dst).src.iter().position(|s| s.is_null()).unwrap_or((*dst).src.len());
-        let mut sources = [Node(ptr::null_mut()); 10];
-        for (to, from) in sources.iter_mut().zip(&(&(*dst).src)[..n]) {
-            *to = Node(*from);
-        }
-        f(Node(dst), &sources[..n], ith as usize, nth as usize);
+unsafe extern "C" fn run_custom(dst: *mut g::ggml_tensor, _: c_int, _: c_int, userdata: *mut c_void) {
+    // SAFETY: userdata is the Custom that `Graph::custom` stored; it lives as long as the graph, and so do the nodes.
+    let (custom, all) = unsafe { (&*userdata.cast::<Custom>(), &(*dst).src) };
+    let n = all.iter().position(|s| s.is_null()).unwrap_or(all.len());
+    let mut sources = [Node(ptr::null_mut()); 10];
+    for (to, from) in sources.iter_mut().zip(&all[..n]) {
+        *to = Node(*from);
     }
+    let (dst, sources) = (Node(dst), &sources[..n]);
+    let mut team = custom.team.lock().unwrap_or_else(PoisonError::into_inner);
+    team.run(custom.pieces, &|i| (custom.op)(dst, sources, i, custom.pieces));
 }
 
 impl Graph {
-    /// An empty graph for at most `n` nodes.
-    pub fn new(n: usize) -> Result<Self> {
+    /// An empty graph for at most `n` nodes, whose ops `team` runs in `pieces` pieces each.
+    pub fn new(n: usize, team: Arc<Mutex<Team>>, pieces: usize) -> Result<Self> {
         let ctx = Context::new(2 * n)?;
         // SAFETY: the context has room for a graph of n nodes (Context::new counts 2n).
         let graph = unsafe { g::ggml_new_graph_custom(ctx.0, n, false) };
         if graph.is_null() {
             return Err(Error::Runtime(format!("ggml could not make a graph of {n} nodes")));
         }
-        Ok(Self { ctx, graph, customs: vec![] })
+        Ok(Self { ctx, graph, customs: vec![], team, pieces })
     }
 
     /// An input over memory that outlives the graph; see [`Context::tensor`].
@@ -125,34 +136,10 @@ impl Graph {
         unsafe { self.ctx.tensor(ty, width, rows, data) }
     }
 
-    /// `W x` for each row of x.
-    pub fn mul_mat(&self, w: Node, x: Node) -> Node {
-        // SAFETY: both nodes are live; ggml asserts the shapes.
-        Node(unsafe { g::ggml_mul_mat(self.ctx.0, w.0, x.0) })
-    }
-
-    /// `w * x / sqrt(mean(x^2) + eps)`
-    pub fn rms_norm(&self, x: Node, w: Node, eps: f32) -> Node {
-        // SAFETY: as above.
-        Node(unsafe { g::ggml_mul(self.ctx.0, g::ggml_rms_norm(self.ctx.0, x.0, eps), w.0) })
-    }
-
-    /// `a + b`
-    pub fn add(&self, a: Node, b: Node) -> Node {
-        // SAFETY: as above.
-        Node(unsafe { g::ggml_add(self.ctx.0, a.0, b.0) })
-    }
-
     /// `x * s`
     pub fn scale(&self, x: Node, s: f32) -> Node {
         // SAFETY: as above.
         Node(unsafe { g::ggml_scale(self.ctx.0, x.0, s) })
-    }
-
-    /// `silu(gate) * up`
-    pub fn swiglu(&self, gate: Node, up: Node) -> Node {
-        // SAFETY: as above.
-        Node(unsafe { g::ggml_swiglu_split(self.ctx.0, gate.0, up.0) })
     }
 
     /// Rows of `x` by index, in f32.
@@ -161,7 +148,7 @@ impl Graph {
         Node(unsafe { g::ggml_get_rows(self.ctx.0, x.0, indices.0) })
     }
 
-    /// A node `[rows][width]` of f32 or i32 that `f` computes from `sources` on all threads.
+    /// A node `[rows][width]` of f32 or i32 that `f` computes from `sources`, piece by piece.
     pub fn custom(
         &mut self,
         ty: g::ggml_type,
@@ -171,9 +158,10 @@ impl Graph {
         f: impl Fn(Node, &[Node], usize, usize) + Send + Sync + 'static,
     ) -> Node {
         let mut sources: Vec<_> = sources.iter().map(|n| n.0).collect();
-        self.customs.push(Box::new(Box::new(f)));
-        let f: *const Custom = &**self.customs.last().expect("just pushed");
-        // SAFETY: sources are live nodes; `f` stays where it is until the graph is dropped.
+        let custom = Custom { op: Box::new(f), pieces: self.pieces, team: Arc::clone(&self.team) };
+        self.customs.push(Box::new(custom));
+        let custom: *const Custom = &**self.customs.last().expect("just pushed");
+        // SAFETY: sources are live nodes; the box stays where it is until the graph is dropped.
         Node(unsafe {
             g::ggml_custom_4d(
                 self.ctx.0,
@@ -185,8 +173,8 @@ impl Graph {
                 sources.as_mut_ptr(),
                 sources.len() as c_int,
                 Some(run_custom),
-                ALL_THREADS,
-                f.cast_mut().cast(),
+                1,
+                custom.cast_mut().cast(),
             )
         })
     }
@@ -204,9 +192,6 @@ impl Graph {
         self.expand(node);
     }
 }
-
-/// GGML_N_TASKS_MAX: every thread of the pool.
-const ALL_THREADS: c_int = -1;
 
 /// Memory for intermediate values, shared by all graphs of a backend: only one runs at a time.
 pub struct Arena(g::ggml_gallocr_t);
@@ -244,27 +229,26 @@ impl Drop for Arena {
     }
 }
 
-/// The worker threads and the working memory of ggml's own nodes.
-pub struct Threads {
+/// Runs graphs node by node on the calling thread; custom nodes call their team in.
+pub struct Runner {
     pool: *mut g::ggml_threadpool,
-    pub count: usize,
     work: Vec<u8>,
 }
 
 // SAFETY: only touched through &mut.
-unsafe impl Send for Threads {}
+unsafe impl Send for Runner {}
 
-impl Threads {
-    pub fn new(count: usize) -> Result<Self> {
+impl Runner {
+    pub fn new() -> Result<Self> {
         // SAFETY: plain constructors; a null result is checked.
         let pool = unsafe {
-            let mut params = g::ggml_threadpool_params_default(count as c_int);
+            let mut params = g::ggml_threadpool_params_default(1);
             g::ggml_threadpool_new(&raw mut params)
         };
         if pool.is_null() {
-            return Err(Error::Runtime(format!("could not start {count} threads")));
+            return Err(Error::Runtime("ggml could not make a thread pool".into()));
         }
-        Ok(Self { pool, count, work: vec![] })
+        Ok(Self { pool, work: vec![] })
     }
 
     /// Runs a placed graph; `interrupt` breaks it off between two nodes.
@@ -275,7 +259,7 @@ impl Threads {
         }
         // SAFETY: graph and pool are live; the work buffer is as large as the plan asks.
         let status = unsafe {
-            let mut plan = g::ggml_graph_plan(graph.graph, self.count as c_int, self.pool);
+            let mut plan = g::ggml_graph_plan(graph.graph, 1, self.pool);
             if self.work.len() < plan.work_size {
                 self.work.resize(plan.work_size, 0);
             }
@@ -292,7 +276,7 @@ impl Threads {
     }
 }
 
-impl Drop for Threads {
+impl Drop for Runner {
     fn drop(&mut self) {
         // SAFETY: made by ggml_threadpool_new, freed once.
         unsafe { g::ggml_threadpool_free(self.pool) }

@@ -1,19 +1,22 @@
-//! The CPU backend: ggml graph nodes for projections and norms, our kernels as custom nodes for everything that touches a cache.
+//! The CPU backend: a ggml graph per batch shape, with our kernels as its custom nodes.
 mod caches;
 mod graph;
+mod linear;
 mod nodes;
 mod step;
+mod team;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use ggml_kernels::ggml as g;
 use ggml_kernels::ops::Ops;
 
 use self::caches::Caches;
-use self::graph::{Arena, Context, Graph, Node, Threads};
+use self::graph::{Arena, Context, Graph, Node, Runner};
 use self::step::Shared;
+use self::team::Team;
 use super::{Backend, Batch, Memory, Record, Routing};
 use crate::cache::{CacheSpec, PageTables};
 use crate::error::{Error, Result};
@@ -25,11 +28,13 @@ pub struct Ggml {
     spec: CacheSpec,
     shared: Arc<Shared>,
     caches: Caches,
-    weights: HashMap<usize, Node>,
-    // Norm vectors in f32; `weights` points into them.
-    vectors: Vec<Box<[f32]>>,
+    embedding: Node,
+    // Norm vectors in f32, by offset in the file.
+    vectors: HashMap<usize, Box<[f32]>>,
     _context: Context,
-    threads: Threads,
+    team: Arc<Mutex<Team>>,
+    threads: usize,
+    runner: Runner,
     arena: Arena,
     interrupt: Arc<AtomicBool>,
     graphs: HashMap<Shape, Ready>,
@@ -60,10 +65,16 @@ struct Recording {
     x: Node,
     /// Rows of `x`; whether they are the output rows only.
     kept: bool,
-    /// `RMS(x; shared_kv.norm)`, of the rows of `x`.
-    h: Option<Node>,
+    /// The self-decoder's result, of the rows of `x`: what the indexer sees.
+    memory: Option<Node>,
     selected: Option<Node>,
     logits: Option<Node>,
+}
+
+/// Pieces that an op is cut into: several for each thread, so that one which is held up does not hold up the others; one where there is
+/// nobody to share with.
+fn pieces(threads: usize) -> usize {
+    if threads == 1 { 1 } else { 4 * threads }
 }
 
 /// Graphs kept for reuse: decode at a few batch sizes, the full micro-batch, and the last odd ones.
@@ -76,39 +87,32 @@ impl Ggml {
     /// [`Error::Memory`] when the caches cannot be had.
     pub fn new(model: Model, spec: CacheSpec, threads: usize, interrupt: Arc<AtomicBool>) -> Result<Self> {
         let c = &model.config;
-        let context = Context::new(model.weights.all().count() + 1)?;
-        let mut weights = HashMap::new();
-        let mut vectors = vec![];
-        for w in model.weights.all() {
-            let node = if w.n_out == 1 {
-                vectors.push(model.values(w).into_boxed_slice());
-                let data = vectors.last().expect("just pushed").as_ptr();
-                // SAFETY: `data` has w.n_in floats and lives in `self.vectors`.
-                unsafe { context.tensor(g::GGML_TYPE_F32, w.n_in, 1, data.cast_mut().cast()) }
-            } else {
-                let data = model.bytes(w).as_ptr();
-                // SAFETY: the loader checked that the map holds n_out rows of n_in values of this type; `self.model` keeps the map,
-                // and weights are only read.
-                unsafe {
-                    context.tensor(w.ty.to_ggml() as g::ggml_type, w.n_in, w.n_out, data.cast_mut().cast())
-                }
-            };
-            weights.insert(w.offset, node);
-        }
+        let context = Context::new(1)?;
+        let w = &model.weights.token_embd;
+        let data = model.bytes(w).as_ptr().cast_mut().cast();
+        // SAFETY: the loader checked that the map holds n_out rows of n_in values of this type; `self.model` keeps the map, and weights
+        // are only read.
+        let embedding = unsafe { context.tensor(w.ty.to_ggml() as g::ggml_type, w.n_in, w.n_out, data) };
+        let vectors = model.weights.all().filter(|w| w.n_out == 1);
+        let vectors = vectors.map(|w| (w.offset, model.values(w).into_boxed_slice())).collect();
+        let team = Team::new(threads)
+            .map_err(|e| Error::Runtime(format!("could not start {threads} threads: {e}")))?;
         let caches = Caches::new(c, &spec)?;
         let shared = Arc::new(Shared::new(
             &model,
             &spec,
-            threads,
+            pieces(threads),
             Ops::best().map_err(|e| Error::Input(e.to_string()))?,
         ));
         let mut backend = Self {
             caches,
             shared,
-            weights,
+            embedding,
             vectors,
             _context: context,
-            threads: Threads::new(threads)?,
+            team: Arc::new(Mutex::new(team)),
+            threads,
+            runner: Runner::new()?,
             arena: Arena::new(),
             interrupt,
             graphs: HashMap::new(),
@@ -140,8 +144,9 @@ impl Ggml {
         Ok(())
     }
 
-    fn weight(&self, w: &Weight) -> Node {
-        self.weights[&w.offset]
+    /// A norm's weights; they live as long as the backend.
+    fn vector(&self, w: &Weight) -> *const f32 {
+        self.vectors[&w.offset].as_ptr()
     }
 
     fn recording(&mut self) -> &mut Recording {
@@ -174,13 +179,13 @@ impl Ggml {
 
 impl Backend for Ggml {
     fn describe(&self) -> String {
-        format!("CPU, {} threads, {}", self.threads.count, self.shared.ops.level)
+        format!("CPU, {} threads, {}", self.threads, self.shared.ops.level)
     }
 
     fn memory(&self) -> Memory {
         Memory {
             weights: self.model.weights.all().map(|w| w.bytes as u64).sum(),
-            repacked: self.vectors.iter().map(|v| v.len() as u64 * 4).sum(),
+            repacked: self.vectors.values().map(|v| v.len() as u64 * 4).sum(),
             cache: self.caches.bytes(),
             scratch: self.arena.bytes() as u64 + self.shared.bytes(),
         }
@@ -200,16 +205,17 @@ impl Backend for Ggml {
         if self.graphs.contains_key(&self.shape) {
             return Ok(Record::Reused);
         }
-        let graph = Graph::new(64 + 32 * self.model.config.n_layer)?;
+        let graph =
+            Graph::new(64 + 16 * self.model.config.n_layer, Arc::clone(&self.team), self.shared.pieces)?;
         // `embed` replaces this placeholder before anything reads it.
         let x = Node(std::ptr::null_mut());
         self.recording =
-            Some(Recording { graph, x, kept: outputs == rows, h: None, selected: None, logits: None });
+            Some(Recording { graph, x, kept: outputs == rows, memory: None, selected: None, logits: None });
         Ok(Record::Needed)
     }
 
     fn embed(&mut self) -> Result<()> {
-        let embedding = self.weight(&self.model.weights.token_embd);
+        let embedding = self.embedding;
         let (scale, rows, tokens) = (self.model.config.embed_scale, self.shape.rows, self.shared.tokens());
         let rec = self.recording();
         // SAFETY: the token array has max_rows entries and lives as long as the backend.
@@ -222,51 +228,48 @@ impl Backend for Ggml {
     }
 
     fn self_attention(&mut self, i: usize) -> Result<()> {
-        let (model, eps) = (self.model.clone(), self.model.config.rms_eps);
-        let layer = &model.weights.layers[i];
+        let weights = Arc::clone(&self.model.weights);
+        let layer = &weights.layers[i];
         let (wk, wv) = layer.kv.as_ref().expect("the loader gives self layers k and v");
-        let [norm, wq, wk, wv, wo] = [&layer.attn_norm, &layer.q, wk, wv, &layer.o].map(|w| self.weight(w));
-        let (append, attention) = (self.self_append(i), self.self_attend(i));
+        let qkv = self.linear(&[&layer.q, wk, wv], Some(&layer.attn_norm));
+        let (append, attention, out) =
+            (self.self_append(i), self.self_attend(i), self.linear(&[&layer.o], None));
         let rec = self.recording();
-        let a = rec.graph.rms_norm(rec.x, norm, eps);
-        let [q, k, v] = [wq, wk, wv].map(|w| rec.graph.mul_mat(w, a));
-        let q = append.node(&mut rec.graph, &[q, k, v]);
+        let qkv = qkv.node(&mut rec.graph, rec.x, None);
+        let q = append.node(&mut rec.graph, qkv);
         let o = attention.node(&mut rec.graph, q);
-        let y = rec.graph.mul_mat(wo, o);
-        rec.x = rec.graph.add(rec.x, y);
+        rec.x = out.node(&mut rec.graph, o, Some(rec.x));
         Ok(())
     }
 
     fn feed_forward(&mut self, i: usize) -> Result<()> {
-        let (model, eps) = (self.model.clone(), self.model.config.rms_eps);
-        let ffn = &model.weights.layers[i].ffn;
-        let [norm, gate, up, down] = [&ffn.norm, &ffn.gate, &ffn.up, &ffn.down].map(|w| self.weight(w));
+        let weights = Arc::clone(&self.model.weights);
+        let ffn = &weights.layers[i].ffn;
+        let gate_up = self.linear(&[&ffn.gate, &ffn.up], Some(&ffn.norm)).swiglu();
+        let down = self.linear(&[&ffn.down], None);
         let rec = self.recording();
-        let b = rec.graph.rms_norm(rec.x, norm, eps);
-        let [gate, up] = [gate, up].map(|w| rec.graph.mul_mat(w, b));
-        let y = rec.graph.swiglu(gate, up);
-        let y = rec.graph.mul_mat(down, y);
-        rec.x = rec.graph.add(rec.x, y);
+        let y = gate_up.node(&mut rec.graph, rec.x, None);
+        rec.x = down.node(&mut rec.graph, y, Some(rec.x));
         Ok(())
     }
 
     fn append_shared(&mut self) -> Result<()> {
-        let (model, eps) = (self.model.clone(), self.model.config.rms_eps);
-        let shared = model.weights.shared.as_ref().expect("the loader gives a YOCO model its shared memory");
-        let [norm, wk, wv] = [&shared.norm, &shared.k, &shared.v].map(|w| self.weight(w));
-        let index = shared.indexer.as_ref().map(|(_, wk)| (self.weight(wk), self.index_append()));
+        let weights = Arc::clone(&self.model.weights);
+        let shared = weights.shared.as_ref().expect("the loader gives a YOCO model its shared memory");
+        let kv = self.linear(&[&shared.k, &shared.v], Some(&shared.norm));
         let append = self.shared_append();
+        let index = (shared.indexer.as_ref())
+            .map(|(_, wk)| (self.linear(&[wk], Some(&shared.norm)), self.index_append()));
         let rec = self.recording();
-        let h = rec.graph.rms_norm(rec.x, norm, eps);
-        let [k, v] = [wk, wv].map(|w| rec.graph.mul_mat(w, h));
-        let stored = append.node(&mut rec.graph, &[k, v]);
+        let kv = kv.node(&mut rec.graph, rec.x, None);
+        let stored = append.node(&mut rec.graph, kv);
         rec.graph.expand(stored);
-        if let Some((wk, append)) = index {
-            let key = rec.graph.mul_mat(wk, h);
-            let stored = append.node(&mut rec.graph, &[key]);
+        if let Some((key, append)) = index {
+            let key = key.node(&mut rec.graph, rec.x, None);
+            let stored = append.node(&mut rec.graph, key);
             rec.graph.expand(stored);
         }
-        rec.h = Some(h);
+        rec.memory = Some(rec.x);
         Ok(())
     }
 
@@ -279,57 +282,54 @@ impl Backend for Ggml {
         // SAFETY: the array of output rows has max_outputs entries and lives as long as the backend.
         let indices = unsafe { rec.graph.input(g::GGML_TYPE_I32, outputs, 1, indices.cast()) };
         rec.x = rec.graph.rows(rec.x, indices);
-        rec.h = rec.h.map(|h| rec.graph.rows(h, indices));
+        rec.memory = rec.memory.map(|_| rec.x);
         rec.kept = true;
         Ok(())
     }
 
     fn route(&mut self) -> Result<()> {
-        let model = self.model.clone();
-        let indexer = model.weights.shared.as_ref().and_then(|s| s.indexer.as_ref());
-        let (wq, _) = indexer.expect("the engine routes only where there is an indexer");
-        let (wq, route) = (self.weight(wq), self.route_op());
+        let weights = Arc::clone(&self.model.weights);
+        let shared = weights.shared.as_ref().expect("the loader gives a YOCO model its shared memory");
+        let (wq, _) = shared.indexer.as_ref().expect("the engine routes only where there is an indexer");
+        let (query, route) = (self.linear(&[wq], Some(&shared.norm)), self.route_op());
         let rec = self.recording();
-        let h = rec.h.expect("append_shared comes before route");
-        let q = rec.graph.mul_mat(wq, h);
+        let memory = rec.memory.expect("append_shared comes before route");
+        let q = query.node(&mut rec.graph, memory, None);
         rec.selected = Some(route.node(&mut rec.graph, q));
         Ok(())
     }
 
     fn cross_attention(&mut self, j: usize) -> Result<()> {
-        let (model, eps) = (self.model.clone(), self.model.config.rms_eps);
-        let layer = &model.weights.layers[j];
-        let [norm, wq, wo] = [&layer.attn_norm, &layer.q, &layer.o].map(|w| self.weight(w));
-        let rope = model.config.cross_rope.is_some().then(|| self.cross_rope());
+        let weights = Arc::clone(&self.model.weights);
+        let layer = &weights.layers[j];
+        let (query, out) = (self.linear(&[&layer.q], Some(&layer.attn_norm)), self.linear(&[&layer.o], None));
+        let rope = self.model.config.cross_rope.is_some().then(|| self.cross_rope());
         let (gather, dense) = (self.gather(), self.cross_attend());
         let rec = self.recording();
-        let a = rec.graph.rms_norm(rec.x, norm, eps);
-        let mut q = rec.graph.mul_mat(wq, a);
+        let mut q = query.node(&mut rec.graph, rec.x, None);
         if let Some(rope) = rope {
-            q = rope.node(&mut rec.graph, &[q]);
+            q = rope.node(&mut rec.graph, q);
         }
         let o = match rec.selected {
             Some(selected) => gather.node(&mut rec.graph, q, selected),
             None => dense.node(&mut rec.graph, q),
         };
-        let y = rec.graph.mul_mat(wo, o);
-        rec.x = rec.graph.add(rec.x, y);
+        rec.x = out.node(&mut rec.graph, o, Some(rec.x));
         Ok(())
     }
 
     fn logits(&mut self) -> Result<()> {
-        let (weights, eps) = (self.model.weights.clone(), self.model.config.rms_eps);
-        let [norm, output] = [&weights.output_norm, &weights.output].map(|w| self.weight(w));
+        let weights = Arc::clone(&self.model.weights);
+        let output = self.linear(&[&weights.output], Some(&weights.output_norm));
         let rec = self.recording();
-        let h = rec.graph.rms_norm(rec.x, norm, eps);
-        rec.logits = Some(rec.graph.mul_mat(output, h));
+        rec.logits = Some(output.node(&mut rec.graph, rec.x, None));
         Ok(())
     }
 
     fn finish(&mut self) -> Result<&[f32]> {
         self.ready()?;
         let ready = self.graphs.get_mut(&self.shape).expect("ready() has just put it there");
-        self.threads.run(&mut ready.graph, &self.interrupt)?;
+        self.runner.run(&mut ready.graph, &self.interrupt)?;
         let Some(logits) = ready.logits else { return Ok(&[]) };
         // SAFETY: the node holds rows * width floats in the arena, which stays until the next run.
         Ok(unsafe { std::slice::from_raw_parts(logits.data::<f32>(), logits.rows() * logits.width()) })

@@ -38,17 +38,20 @@ unsafe impl Send for Append {}
 unsafe impl Sync for Append {}
 
 impl Append {
-    /// Sources are q, k, v, or those of them that there are; the result is the rotated q, or nothing of interest.
-    pub fn node(self, graph: &mut Graph, sources: &[Node]) -> Node {
-        let (width, rows) = if self.has_q { (self.heads.q_width(), sources[0].rows()) } else { (1, 1) };
-        graph.custom(g::GGML_TYPE_F32, width, rows, sources, move |dst, sources, ith, nth| {
-            self.run(dst, sources, ith, nth);
+    /// `source` holds `[rows][width]` of q, k, v, or those of them that there are, one after the other; the result is the rotated q, or
+    /// nothing of interest.
+    pub fn node(self, graph: &mut Graph, source: Node) -> Node {
+        let rows = source.rows();
+        let (width, dst_rows) = if self.has_q { (self.heads.q_width(), rows) } else { (1, 1) };
+        graph.custom(g::GGML_TYPE_F32, width, dst_rows, &[source], move |dst, sources, ith, nth| {
+            self.run(dst, sources[0], ith, nth);
         })
     }
 
-    fn run(&self, dst: Node, sources: &[Node], ith: usize, nth: usize) {
-        let source = |i: usize| sources.get(i).map_or(ptr::null(), |n| n.data::<f32>().cast_const());
-        let first_kv = usize::from(self.has_q);
+    fn run(&self, dst: Node, source: Node, ith: usize, nth: usize) {
+        let (rows, source) = (source.rows(), source.data::<f32>().cast_const());
+        let k = if self.has_q { source.wrapping_add(rows * self.heads.q_width()) } else { source };
+        let v = k.wrapping_add(rows * self.heads.kv_width());
         let (cos, sin) = match self.rope {
             Some(_) => self.shared.angles(self.kept, self.cross),
             None => (ptr::null(), ptr::null()),
@@ -62,10 +65,10 @@ impl Append {
             n_rot: self.rope.map_or(0, |r| r.n_rot as i32),
             interleaved: i32::from(self.rope.is_some_and(|r| r.interleaved)),
             eps: self.eps,
-            q: if self.has_q { source(0) } else { ptr::null() },
+            q: if self.has_q { source } else { ptr::null() },
             q_out: if self.has_q { dst.data() } else { ptr::null_mut() },
-            k: if self.k.base.is_null() { ptr::null() } else { source(first_kv) },
-            v: if self.v.base.is_null() { ptr::null() } else { source(first_kv + 1) },
+            k: if self.k.base.is_null() { ptr::null() } else { k },
+            v: if self.v.base.is_null() { ptr::null() } else { v },
             q_norm,
             k_norm,
             cos,
@@ -257,9 +260,7 @@ impl Ggml {
         let (k, v) = self.caches.layer(i);
         Append {
             has_q: true,
-            norms: norms.map(|(q, k)| {
-                (self.weight(q).data::<f32>().cast_const(), self.weight(k).data::<f32>().cast_const())
-            }),
+            norms: norms.map(|(q, k)| (self.vector(q), self.vector(k))),
             k,
             v,
             ..self.append(c.self_heads, Some(c.rope))

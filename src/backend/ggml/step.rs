@@ -43,14 +43,14 @@ pub struct Shared {
     step: UnsafeCell<Step>,
     /// The kernels in use.
     pub ops: &'static Ops,
-    /// Threads of the pool.
-    pub threads: usize,
+    /// Pieces that every op is cut into.
+    pub pieces: usize,
     /// Angle per position of each rotated pair.
     frequencies: Vec<f64>,
     cross_frequencies: Vec<f64>,
 }
 
-// SAFETY: `step` is written only through `set`, `grow_scratch` and `Threads::run`'s nodes. The first two need a backend that is borrowed
+// SAFETY: `step` is written only through `set`, `grow_scratch` and by nodes that run. The first two need a backend that is borrowed
 // mutably while no graph runs; during a run, kernels write only `count` and `scratch`, through pointers, by their own contracts.
 unsafe impl Sync for Shared {}
 // SAFETY: owns all it points to.
@@ -99,7 +99,7 @@ impl Angles {
 }
 
 impl Shared {
-    pub fn new(model: &Model, spec: &CacheSpec, threads: usize, ops: &'static Ops) -> Self {
+    pub fn new(model: &Model, spec: &CacheSpec, pieces: usize, ops: &'static Ops) -> Self {
         let c: &Config = &model.config;
         let factors = |w: Option<&crate::model::Weight>| w.map(|w| model.values(w));
         let shared_memory = model.weights.shared.as_ref();
@@ -119,7 +119,7 @@ impl Shared {
             count: vec![0; spec.max_outputs].into(),
             scratch: Scratch::new(0),
         };
-        Self { step: UnsafeCell::new(step), ops, threads, frequencies: frequencies_of, cross_frequencies }
+        Self { step: UnsafeCell::new(step), ops, pieces, frequencies: frequencies_of, cross_frequencies }
     }
 
     /// Takes a batch.
@@ -148,7 +148,7 @@ impl Shared {
     pub unsafe fn grow_scratch(&self, op: &impl Op) {
         // SAFETY: the caller vouches that nobody else reads or writes.
         let step = unsafe { &mut *self.step.get() };
-        let wanted = op.scratch_bytes(self.threads);
+        let wanted = op.scratch_bytes(self.pieces);
         if step.scratch.len() < wanted {
             step.scratch = Scratch::new(wanted);
         }
