@@ -5,6 +5,8 @@ pub mod inspect;
 pub mod model;
 pub mod quantize;
 pub mod recipe;
+pub mod run;
+pub mod sampling;
 pub mod synth;
 pub mod verify;
 
@@ -36,6 +38,8 @@ pub enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Make a model of random weights in one of the paper's shapes
     Synth(synth::SynthArgs),
+    /// Answer one prompt
+    Run(Box<run::RunArgs>),
     /// Show what is in a GGUF file
     Inspect(inspect::InspectArgs),
     /// Prove that every byte of a GGUF file is as it was written
@@ -53,6 +57,7 @@ impl Command {
             Self::Convert(args) => convert::run(&args),
             Self::Quantize(args) => quantize::run(&args),
             Self::Synth(args) => synth::run(&args),
+            Self::Run(args) => run::run(&args),
             Self::Inspect(args) => inspect::run(&args),
             Self::Verify(args) => verify::run(&args),
         }
@@ -101,6 +106,15 @@ pub(crate) fn byte_bar(len: u64) -> ProgressBar {
     let template = "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::with_draw_target(Some(len), target).with_style(style)
+}
+
+/// A progress bar over tokens on standard error, with rate and time left; invisible when that is no terminal.
+pub(crate) fn token_bar(what: &'static str) -> ProgressBar {
+    let target =
+        if io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let template = "{msg} {wide_bar} {pos}/{len} tokens {per_sec} {eta}";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::with_draw_target(None, target).with_style(style).with_message(what)
 }
 
 /// Bytes for people: `1.66 GiB`.
