@@ -244,6 +244,20 @@ fn widen<T: Copy + Default>(
     }
 }
 
+impl Type {
+    /// Where in a block its f16 scales (and minimums) are.
+    const fn scales(self) -> &'static [usize] {
+        match self {
+            Self::F32 | Self::BF16 => &[],
+            Self::F16 | Self::Q4_0 | Self::Q5_0 | Self::Q8_0 | Self::IQ4_NL | Self::IQ4_XS => &[0],
+            Self::Q4_1 | Self::Q5_1 | Self::Q4_K | Self::Q5_K => &[0, 2],
+            Self::Q2_K => &[80, 82],
+            Self::Q3_K => &[108],
+            Self::Q6_K => &[208],
+        }
+    }
+}
+
 /// Whether blocks hold only finite scales and values: what [`quantize`] gives when a value was too large for the type's f16 scale
 /// (or for f16 itself) does not.
 ///
@@ -256,8 +270,20 @@ pub fn is_finite(ty: Type, bytes: &[u8]) -> bool {
         "{} bytes are not whole blocks of {ty}",
         bytes.len()
     );
-    // SAFETY: ggml reads whole blocks of `bytes` only.
-    unsafe { ggml::ggml_validate_row_data(ty.to_ggml(), bytes.as_ptr().cast(), bytes.len()) }
+    // An exponent of all ones is an infinity or NaN.
+    let has_exponent = |bits: u32, mask: u32| bits & mask == mask;
+    match ty {
+        Type::F32 => !bytes
+            .chunks_exact(4)
+            .any(|b| has_exponent(u32::from_le_bytes([b[0], b[1], b[2], b[3]]), 0x7f80_0000)),
+        Type::BF16 => {
+            !bytes.chunks_exact(2).any(|b| has_exponent(u16::from_le_bytes([b[0], b[1]]).into(), 0x7f80))
+        }
+        _ => !bytes.chunks_exact(ty.block_bytes()).any(|block| {
+            let scale = |&at: &usize| u16::from_le_bytes([block[at], block[at + 1]]);
+            ty.scales().iter().any(|at| has_exponent(scale(at).into(), 0x7c00))
+        }),
+    }
 }
 
 #[cfg(test)]
@@ -320,6 +346,22 @@ mod tests {
             let weights = vec![1.0; 512];
             let weighted = relative_error(ty, Some(&weights));
             assert!(weighted <= bound, "{ty} with an importance matrix: {weighted} > {bound}");
+        }
+    }
+
+    /// Any two bytes of a block made an infinity: finite or not as ggml says.
+    #[test]
+    fn scales_are_where_ggml_has_them() {
+        for &ty in Type::ALL {
+            let mut bytes = vec![0; ty.block_bytes() * 3];
+            for at in ty.block_bytes()..ty.block_bytes() * 2 - 1 {
+                bytes[at..at + 2].copy_from_slice(&[0x80, 0x7f]);
+                // SAFETY: ggml reads the whole blocks of `bytes` only.
+                let theirs =
+                    unsafe { ggml::ggml_validate_row_data(ty.to_ggml(), bytes.as_ptr().cast(), bytes.len()) };
+                assert_eq!(is_finite(ty, &bytes), theirs, "{ty} {at}");
+                bytes[at..at + 2].fill(0);
+            }
         }
     }
 
