@@ -2,9 +2,13 @@
 use ggml_kernels::quant;
 
 use crate::config::Config;
+use crate::error::{Error, Result};
 
 /// Positions of a page.
 pub const PAGE: usize = ggml_kernels::contracts::CLSA_PAGE as usize;
+
+/// The largest head dim and index key width.
+pub const MAX_HEAD_DIM: usize = ggml_kernels::contracts::CLSA_MAX_D as usize;
 
 /// What a cached value is stored as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,6 +62,34 @@ pub struct CacheSpec {
     pub v: CacheType,
     /// Type of index keys.
     pub index: CacheType,
+}
+
+impl CacheSpec {
+    /// Whether the kernels have these head dims and index key width in these types: multiples of 16 up to
+    /// [`MAX_HEAD_DIM`], of 32 in Q8_0.
+    ///
+    /// # Errors
+    /// [`Error::Input`] that names the width and, where a type is at fault, the remedy.
+    pub fn check(&self, c: &Config) -> Result<()> {
+        let shared =
+            [("keys", self.k), ("values", self.v)].map(|(what, ty)| (what, c.cross_heads.head_dim, ty));
+        let own = [("keys", self.k), ("values", self.v)].map(|(what, ty)| (what, c.self_heads.head_dim, ty));
+        let index = c.indexer.map(|ix| ("index keys", ix.head_dim, self.index));
+        for (what, width, ty) in own.into_iter().chain(shared).chain(index) {
+            if !width.is_multiple_of(16) || !(1..=MAX_HEAD_DIM).contains(&width) {
+                return Err(Error::Input(format!(
+                    "{what} of {width} values per head: only multiples of 16 up to {MAX_HEAD_DIM} are supported"
+                )));
+            }
+            if ty == CacheType::Q8_0 && !width.is_multiple_of(32) {
+                return Err(Error::Input(format!(
+                    "{what} of {width} values per head are not whole blocks of q8_0, which are 32 values: use \
+                     --cache-type-k f16 --cache-type-v f16"
+                )));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// One paged pool of rows: what a page holds for it.

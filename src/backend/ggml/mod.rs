@@ -87,6 +87,7 @@ impl Ggml {
     /// [`Error::Memory`] when the caches cannot be had.
     pub fn new(model: Model, spec: CacheSpec, threads: usize, interrupt: Arc<AtomicBool>) -> Result<Self> {
         let c = &model.config;
+        spec.check(c)?;
         let context = Context::new(1)?;
         let w = &model.weights.token_embd;
         let data = model.bytes(w).as_ptr().cast_mut().cast();
