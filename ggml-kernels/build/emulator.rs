@@ -37,6 +37,7 @@ pub fn build(out: &Path) {
         .flag("-ffp-contract=off")
         .flag("-Wno-unknown-pragmas")
         .flag("-Wno-unused-function")
+        .flag("-fno-strict-aliasing")
         .file(unit)
         .compile("clsa_emulated");
 }

@@ -250,9 +250,11 @@ struct SelectShared {
     uint32_t sums[33];
     uint32_t flag;
     Pivot pivot;
-    uint32_t bins[BINS];
+    alignas(16) uint32_t bins[BINS];
     uint64_t candidates[CANDIDATES];
 };
+
+static_assert(sizeof(SelectShared) <= CLSA_ROUTE_SELECT_SHARED, "what the launch asks for");
 
 // Marks the `need` best of the n candidates in the bitmap.
 __device__ __forceinline__ void mark_candidates(SelectShared &s, const uint64_t *candidates, uint32_t n, uint32_t need,

@@ -17,11 +17,13 @@ struct SampleShared {
     double real_sums[33];
     uint64_t digit, above, inside;
     union {
-        uint32_t bins[BINS];
+        alignas(16) uint32_t bins[BINS];
         uint64_t masses[BINS];
         uint64_t list[SMALL];
     };
 };
+
+static_assert(sizeof(SampleShared) <= CLSA_SAMPLE_SHARED, "what the launch asks for");
 
 // Larger logits first, of equal ones lower ids: descending.
 __device__ __forceinline__ uint64_t composite(float logit, uint32_t id) {

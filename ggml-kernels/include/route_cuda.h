@@ -17,6 +17,8 @@ extern "C" {
 
 #define CLSA_ROUTE_BINS 4096
 #define CLSA_ROUTE_CANDIDATES 4096
+// Bytes of shared memory of a selecting block.
+#define CLSA_ROUTE_SELECT_SHARED 49408
 // Query rows of one sequence that one pass over its keys scores together.
 #define CLSA_ROUTE_GROUP 4
 

@@ -18,6 +18,9 @@
 extern "C" {
 #endif
 
+// Bytes of shared memory of a block.
+#define CLSA_SAMPLE_SHARED 34048
+
 enum clsa_sample_status { CLSA_SAMPLE_OK = 0, CLSA_SAMPLE_NOT_FINITE = 1, CLSA_SAMPLE_NOTHING_LEFT = 2 };
 
 struct clsa_sample_row {

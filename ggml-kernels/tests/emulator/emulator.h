@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -20,18 +21,47 @@
 struct uint3 {
     unsigned x, y, z;
 };
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
+
+// Vectors whose every copy checks the alignment that a GPU's vector accesses demand.
+inline void check_aligned(const void *p, size_t n) {
+    asm volatile("" : "+r"(p)); // the type must not tell the compiler that it is
+    if (reinterpret_cast<uintptr_t>(p) % n != 0) {
+        fprintf(stderr, "misaligned access of %zu bytes at %p\n", n, p);
+        abort();
+    }
+}
+template <typename T> struct alignas(2 * sizeof(T)) Vector2 {
+    T x, y;
+    Vector2() = default;
+    Vector2(T x, T y) : x(x), y(y) {}
+    Vector2(const Vector2 &o) : x((check_aligned(&o, sizeof o), o.x)), y(o.y) {}
+    Vector2 &operator=(const Vector2 &o) {
+        check_aligned(this, sizeof o);
+        check_aligned(&o, sizeof o);
+        x = o.x;
+        y = o.y;
+        return *this;
+    }
 };
-struct alignas(8) uint2 {
-    unsigned x, y;
+template <typename T> struct alignas(4 * sizeof(T)) Vector4 {
+    T x, y, z, w;
+    Vector4() = default;
+    Vector4(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
+    Vector4(const Vector4 &o) : x((check_aligned(&o, sizeof o), o.x)), y(o.y), z(o.z), w(o.w) {}
+    Vector4 &operator=(const Vector4 &o) {
+        check_aligned(this, sizeof o);
+        check_aligned(&o, sizeof o);
+        x = o.x;
+        y = o.y;
+        z = o.z;
+        w = o.w;
+        return *this;
+    }
 };
-struct alignas(8) float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
+typedef Vector4<unsigned> uint4;
+typedef Vector2<unsigned> uint2;
+typedef Vector2<float> float2;
+typedef Vector4<float> float4;
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -231,9 +261,7 @@ template <int N> void copy_async_wait() { emulator::copy_wait(N); }
 inline uint4 load_16(const void *p) {
     if ((uintptr_t)p % 16)
         abort();
-    uint4 v;
-    memcpy(&v, p, 16);
-    return v;
+    return *static_cast<const uint4 *>(p);
 }
 inline uint4 load_stream_16(const void *p) { return load_16(p); }
 inline uint64_t keep_policy() { return 0; }

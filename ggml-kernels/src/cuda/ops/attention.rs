@@ -103,6 +103,13 @@ fn general(d: usize) -> &'static str {
     }
 }
 
+/// The kernels read q and write out 16 bytes at a time.
+fn aligned(q: *const f32, out: *const f32) -> Result<()> {
+    ensure(q.addr().is_multiple_of(16) && out.addr().is_multiple_of(16), || {
+        format!("attention: q at {q:p} and out at {out:p}, multiples of 16 wanted")
+    })
+}
+
 fn same_place(k: &clsa_rows, v: &clsa_rows, heads: Heads) -> Result<()> {
     let width = (heads.n_kv * heads.d) as i32;
     ensure(k.width == width && v.width == width && k.ring == v.ring, || {
@@ -147,6 +154,7 @@ impl DecodeScratch {
     pub unsafe fn attention(&self, on: &impl Executor, op: &clsa_attention) -> Result<()> {
         let heads = Heads::new(op.n_head, op.n_kv, op.d)?;
         same_place(&op.k, &op.v, heads)?;
+        aligned(op.q, op.out)?;
         let (fast, k, v) = fast(&op.k, &op.v, heads.d)?;
         let rows = op.batch.n_rows as usize;
         let most = match (op.window, op.k.ring) {
@@ -188,6 +196,7 @@ impl DecodeScratch {
         let heads = Heads::new(op.n_head, op.n_kv, op.d)?;
         same_place(&op.k, &op.v, heads)?;
         ensure(op.k.ring == 0, || format!("gather_attention: paged rows wanted, ring of {}", op.k.ring))?;
+        aligned(op.q, op.out)?;
         let (fast, k, v) = fast(&op.k, &op.v, heads.d)?;
         let rows = op.batch.n_rows as usize;
         let splits = heads.splits(on, rows, op.n_columns as usize, fast);
@@ -220,6 +229,7 @@ impl DecodeScratch {
 pub unsafe fn attention_prefill(on: &impl Executor, op: &clsa_attention) -> Result<bool> {
     let heads = Heads::new(op.n_head, op.n_kv, op.d)?;
     same_place(&op.k, &op.v, heads)?;
+    aligned(op.q, op.out)?;
     let (fast, k, v) = fast(&op.k, &op.v, heads.d)?;
     let tokens = PREFILL_ROWS / (heads.n_head / heads.n_kv);
     if !fast || tokens == 0 {

@@ -5,8 +5,6 @@ use crate::contracts::*;
 /// Threads of the scoring and pooling kernels, and of the selecting kernel (route.cu).
 const SCORE_THREADS: usize = 512;
 const SELECT_THREADS: usize = 1024;
-/// Shared memory of the selecting kernel: bins, candidates, and a few words.
-const SELECT_SHARED: usize = (CLSA_ROUTE_BINS as usize) * 4 + (CLSA_ROUTE_CANDIDATES as usize) * 8 + 256;
 const HISTOGRAM: usize = CLSA_ROUTE_BINS as usize * 4;
 
 /// Scratch of route for `rows` rows at a time of up to `max_positions` positions; larger batches go in several passes.
@@ -146,7 +144,9 @@ impl RouteScratch {
             }
             let most = base.max_positions as usize / op.block.max(1) as usize;
             let splits = (most.div_ceil(SELECT_THREADS)).clamp(1, (on.multiprocessors() / rows).max(1));
-            let launch = Launch::new(1, SELECT_THREADS).grid(splits, rows, 1).shared(SELECT_SHARED);
+            let launch = Launch::new(1, SELECT_THREADS)
+                .grid(splits, rows, 1)
+                .shared(CLSA_ROUTE_SELECT_SHARED as usize);
             // SAFETY: as above.
             unsafe { on.run("route_select", launch, &params)? };
         }

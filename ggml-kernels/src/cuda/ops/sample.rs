@@ -3,9 +3,8 @@ use super::{Executor, Launch, Result, ensure};
 use crate::contracts::*;
 use crate::cuda::Pod;
 
-/// Threads of a block (sample.cu), and its shared memory: a histogram of 64-bit masses and some words.
+/// Threads of a block (sample.cu).
 const THREADS: usize = 1024;
-const SHARED: usize = 4096 * 8 + 1280;
 /// Logits that a block looks at, at least.
 const LOGITS_PER_BLOCK: usize = 2 * THREADS;
 
@@ -31,7 +30,7 @@ pub unsafe fn sample(on: &impl Executor, op: &clsa_sample_cuda) -> Result<()> {
     let rows = op.n_rows as usize;
     let splits =
         (op.n_vocab as usize).div_ceil(LOGITS_PER_BLOCK).clamp(1, (on.multiprocessors() * 2 / rows).max(1));
-    let launch = Launch::new(1, THREADS).grid(splits, rows, 1).shared(SHARED);
+    let launch = Launch::new(1, THREADS).grid(splits, rows, 1).shared(CLSA_SAMPLE_SHARED as usize);
     // SAFETY: the kernel's parameter struct; its addresses are the caller's promise.
     unsafe { on.run("sample", launch, op) }
 }
