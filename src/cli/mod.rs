@@ -1,6 +1,7 @@
 //! The command line: one module per subcommand, each with its arguments and `run`.
 pub mod bench;
 pub mod convert;
+pub mod eval;
 pub mod inspect;
 pub mod model;
 pub mod quantize;
@@ -40,6 +41,8 @@ pub enum Command {
     Synth(synth::SynthArgs),
     /// Answer one prompt
     Run(Box<run::RunArgs>),
+    /// Measure what quantization, sparsity and length cost
+    Eval(eval::EvalArgs),
     /// Show what is in a GGUF file
     Inspect(inspect::InspectArgs),
     /// Prove that every byte of a GGUF file is as it was written
@@ -58,6 +61,7 @@ impl Command {
             Self::Quantize(args) => quantize::run(&args),
             Self::Synth(args) => synth::run(&args),
             Self::Run(args) => run::run(&args),
+            Self::Eval(args) => eval::run(&args),
             Self::Inspect(args) => inspect::run(&args),
             Self::Verify(args) => verify::run(&args),
         }

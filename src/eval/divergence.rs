@@ -1,0 +1,126 @@
+//! How far one model's predictions are from another's: Kullback-Leibler divergence, agreement, change of probability.
+use serde::Serialize;
+
+use super::{Mean, log_sum_exp};
+
+/// Divergence over many positions.
+#[derive(Clone, Debug, Default)]
+pub struct Divergence {
+    kl: Vec<f64>,
+    mean: Mean,
+    same_top: Mean,
+    change: Mean,
+    squared_change: Mean,
+    loss: Mean,
+}
+
+/// What is printed of a [`Divergence`].
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Positions compared.
+    pub tokens: u64,
+    /// Mean of KL(base || this), in nats.
+    pub kl_mean: f64,
+    /// Its standard error.
+    pub kl_error: f64,
+    /// KL at these shares of the positions.
+    pub kl_median: f64,
+    /// 90 % of positions have at most this.
+    pub kl_90: f64,
+    /// 99 % of positions have at most this.
+    pub kl_99: f64,
+    /// The largest.
+    pub kl_max: f64,
+    /// Share of positions where both prefer the same token.
+    pub same_top: f64,
+    /// Its standard error.
+    pub same_top_error: f64,
+    /// Mean change of the probability of the token that came.
+    pub probability_change: f64,
+    /// Its root mean square.
+    pub probability_change_rms: f64,
+    /// Mean difference of the cross-entropies, this minus base.
+    pub loss_change: f64,
+    /// Its standard error (paired).
+    pub loss_change_error: f64,
+}
+
+impl Divergence {
+    /// Compares one position: log probabilities of the base, logits of this model, and the token that came.
+    pub fn push(&mut self, base: &[f32], logits: &[f32], next: u32) {
+        let norm = log_sum_exp(logits);
+        let mut kl = 0.0;
+        let (mut best_base, mut best_this) = (0, 0);
+        for (i, (&b, &l)) in base.iter().zip(logits).enumerate() {
+            let b64 = f64::from(b);
+            kl += b64.exp() * (b64 - (f64::from(l) - norm));
+            if b > base[best_base] {
+                best_base = i;
+            }
+            if l > logits[best_this] {
+                best_this = i;
+            }
+        }
+        let next = next as usize;
+        let (base_next, this_next) = (f64::from(base[next]), f64::from(logits[next]) - norm);
+        let change = this_next.exp() - base_next.exp();
+        // Rounding may leave a divergence a hair below zero.
+        self.kl.push(kl.max(0.0));
+        self.mean.push(kl.max(0.0));
+        self.same_top.push(f64::from(u8::from(best_base == best_this)));
+        self.change.push(change);
+        self.squared_change.push(change * change);
+        self.loss.push(base_next - this_next);
+    }
+
+    /// For printing.
+    #[must_use]
+    pub fn summary(&self) -> Summary {
+        let mut kl = self.kl.clone();
+        kl.sort_by(f64::total_cmp);
+        let at = |share: f64| {
+            kl.get(((kl.len() as f64 - 1.0) * share).round() as usize).copied().unwrap_or(f64::NAN)
+        };
+        Summary {
+            tokens: self.mean.count(),
+            kl_mean: self.mean.mean(),
+            kl_error: self.mean.error(),
+            kl_median: at(0.5),
+            kl_90: at(0.9),
+            kl_99: at(0.99),
+            kl_max: at(1.0),
+            same_top: self.same_top.mean(),
+            same_top_error: self.same_top.error(),
+            probability_change: self.change.mean(),
+            probability_change_rms: self.squared_change.mean().sqrt(),
+            loss_change: self.loss.mean(),
+            loss_change_error: self.loss.error(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_models_do_not_diverge() {
+        let logits = [0.5f32, -1.0, 2.0];
+        let norm = log_sum_exp(&logits) as f32;
+        let mut d = Divergence::default();
+        d.push(&logits.map(|l| l - norm), &logits.map(|l| l + 7.0), 1);
+        let s = d.summary();
+        assert!(s.kl_mean < 1e-7 && s.same_top == 1.0 && s.probability_change.abs() < 1e-7, "{s:?}");
+    }
+
+    #[test]
+    fn divergence_is_the_sum_over_tokens() {
+        let base = [0.75f32.ln(), 0.25f32.ln()];
+        let mut d = Divergence::default();
+        d.push(&base, &[0.0, 0.0], 0);
+        let expected = 0.75 * (0.75f64 / 0.5).ln() + 0.25 * (0.25f64 / 0.5).ln();
+        let s = d.summary();
+        assert!((s.kl_mean - expected).abs() < 1e-7, "{s:?}");
+        assert!((s.probability_change + 0.25).abs() < 1e-7 && s.same_top == 1.0, "{s:?}");
+    }
+}
