@@ -64,7 +64,8 @@ impl Vocabulary {
 struct TokenizerJson {
     #[serde(default)]
     added_tokens: Vec<AddedToken>,
-    model: BpeModel,
+    /// Read as [`BpeModel`] when it is one.
+    model: Value,
     pre_tokenizer: Option<Value>,
     post_processor: Option<Value>,
 }
@@ -79,11 +80,7 @@ struct AddedToken {
 
 #[derive(Deserialize)]
 struct BpeModel {
-    #[serde(rename = "type")]
-    kind: Option<String>,
-    #[serde(default)]
     vocab: HashMap<String, usize>,
-    #[serde(default)]
     merges: Vec<Merge>,
     #[serde(default)]
     byte_fallback: bool,
@@ -220,11 +217,13 @@ fn add_huggingface(
     metadata: &mut Metadata,
     notes: &mut Vec<String>,
 ) -> std::result::Result<HashMap<String, u32>, String> {
-    let model = &tokenizer.model;
-    if let Some(other) = model.kind.as_deref().filter(|k| *k != "BPE") {
+    // Old files do not say the type.
+    let kind = tokenizer.model.get("type").and_then(Value::as_str);
+    if let Some(other) = kind.filter(|k| *k != "BPE") {
         notes.push(format!("tokenizer.json: a {other} model has no tokenizer.ggml.* form: other programs will not find a tokenizer"));
         return Ok(tokenizer.added_tokens.iter().map(|t| (t.content.clone(), t.id as u32)).collect());
     }
+    let model = BpeModel::deserialize(&tokenizer.model).map_err(|e| format!("model: {e}"))?;
     let mut list = Vocabulary::unused(vocab);
     for (token, &id) in &model.vocab {
         let unknown = model.unk_token.as_ref() == Some(token);
