@@ -14,7 +14,7 @@ pub mod verify;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, builder::RangedU64ValueParser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::error::{Error, Result};
@@ -97,6 +97,11 @@ const SHORT_FLAGS: [(&str, &str); 10] = [
     ("-sysf", "--system-file"),
     ("-st", "--single-turn"),
 ];
+
+/// Reads a number of threads, from `least` to what any machine here can use; more would only exhaust it.
+pub(crate) fn threads_from(least: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(least..=512)
+}
 
 /// An error of writing results.
 pub(crate) fn stdout_error(source: io::Error) -> Error {

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::{Args, ValueEnum};
 
-use super::human_bytes;
+use super::{human_bytes, threads_from};
 use crate::backend::{Backend, Routing, ggml::Ggml, reference::Reference};
 use crate::cache::CacheType;
 use crate::engine::{Engine, Options};
@@ -27,7 +27,7 @@ pub struct ModelArgs {
     #[arg(long, env = "CLSA_UBATCH_SIZE", value_name = "N", default_value_t = 512)]
     pub ubatch_size: usize,
     /// Threads (-t); 0: one for each core
-    #[arg(short, long, env = "CLSA_THREADS", value_name = "N", default_value_t = 0)]
+    #[arg(short, long, env = "CLSA_THREADS", value_name = "N", default_value_t = 0, value_parser = threads_from(0))]
     pub threads: usize,
     /// Type of cached keys (-ctk)
     #[arg(long, env = "CLSA_CACHE_TYPE_K", value_name = "TYPE", default_value = "f16")]

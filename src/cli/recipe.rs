@@ -10,7 +10,7 @@ use clap::Args;
 use clsa_convert::{Mix, Model, Options, Override, Plan, Recipe, imatrix::Imatrix};
 use ggml_kernels::quant::Type;
 
-use super::{byte_bar, human_bytes, stdout_error};
+use super::{byte_bar, human_bytes, stdout_error, threads_from};
 use crate::{error::Result, interrupt};
 
 /// Options that choose tensor types and how the work is run.
@@ -35,8 +35,8 @@ pub struct RecipeArgs {
     #[arg(long)]
     dry_run: bool,
     /// Worker threads [default: all cores]
-    #[arg(short, long)]
-    threads: Option<NonZeroUsize>,
+    #[arg(short, long, value_parser = threads_from(1))]
+    threads: Option<usize>,
 }
 
 impl RecipeArgs {
@@ -67,7 +67,7 @@ impl RecipeArgs {
         let bar = byte_bar(plan.work()).with_message("converting");
         let abort = interrupt::requested()?;
         let threads =
-            self.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
+            self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, NonZeroUsize::get));
         let progress = |n| bar.inc(n);
         let written = plan.write(out, &Options { threads, abort: Some(&abort), progress: &progress });
         bar.finish_and_clear();
