@@ -1,5 +1,4 @@
-//! The real binary: exit codes, what goes to standard output and what to standard error, damaged files, signals, pipes.
-mod damaged;
+//! The real binary: exit codes, what goes to standard output and what to standard error, signals, pipes.
 mod run;
 mod signals;
 mod usage;
