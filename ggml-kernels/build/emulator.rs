@@ -13,6 +13,7 @@ pub fn build(out: &Path) {
         "include/clsa.h",
         "tests/emulator/emulator.cpp",
         "cuda/cache_rows.cuh",
+        "cuda/rope_append.cuh",
         "cuda/decode_attention.cuh",
         "cuda/prefill_attention.cuh",
         "cuda/select.cuh",

@@ -8,7 +8,7 @@
 // bytes. General form, any type and d: f32 arithmetic, a warp per position.
 #pragma once
 #include "attention_cuda.h"
-#include "cache_rows.cuh"
+#include "rope_append.cuh"
 
 constexpr int DECODE_THREADS = 128, DECODE_WARPS = DECODE_THREADS / 32;
 
@@ -260,11 +260,47 @@ template <int D> struct QueryHeads {
     }
 };
 
+// Where a block's query heads are: [n_heads][d].
+struct GivenQueries {
+    static constexpr bool STAGED = false;
+    __device__ __forceinline__ const float *operator()(const DecodeShape &s, const DecodeBlock &b, int, bool) const {
+        return s.q + ((size_t)b.row * s.n_head + b.head) * s.d;
+    }
+};
+
+// The block normalises and turns them itself, into shared memory, and, if it is the one that reads the row's own
+// position, appends that first. All blocks that read it (one per tile of heads) write the same bytes.
+struct AppendedQueries {
+    static constexpr bool STAGED = true;
+    const clsa_rope_append &p;
+    float *x; // shared: [head_tile + 2][d], later the warps' parts
+
+    __device__ __forceinline__ const float *operator()(const DecodeShape &s, const DecodeBlock &b, int warp,
+                                                       bool owner) const {
+        const int lane = threadIdx.x % 32, r = b.row;
+        for (int h = warp; h < b.n_heads; h += DECODE_WARPS)
+            turn_head(x + h * s.d, p.q + ((size_t)r * p.n_head + b.head + h) * s.d, p.q_norm, p, p.cos, r, lane);
+        if (owner && warp >= DECODE_WARPS - 2) {
+            // The last two warps have the fewest heads.
+            const bool is_v = warp == DECODE_WARPS - 1;
+            const size_t at = ((size_t)r * p.n_kv + b.kv) * s.d;
+            float *own = x + (b.n_heads + is_v) * s.d;
+            const clsa_rows &rows = is_v ? p.v_cache : p.k_cache;
+            turn_head(own, (is_v ? p.v : p.k) + at, is_v ? nullptr : p.k_norm, p, is_v ? nullptr : p.cos, r, lane);
+            store_head(cache_row(rows, p.batch, p.batch.slot[r], p.batch.pos[r]), rows.type, b.kv * s.d, own, s.d,
+                       lane);
+        }
+        __syncthreads();
+        return x;
+    }
+};
+
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // Grid (splits, n_kv * head tiles, rows), DECODE_THREADS threads.
-template <int TK, int TV, int D, typename Source>
-__device__ __forceinline__ void decode_attention(const DecodeShape &s, const clsa_split &split, Source source) {
+template <int TK, int TV, int D, typename Source, typename Queries>
+__device__ __forceinline__ void decode_attention(const DecodeShape &s, const clsa_split &split, Source source,
+                                                 const Queries &queries) {
     CLSA_DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const DecodeBlock b(s, split);
@@ -273,9 +309,11 @@ __device__ __forceinline__ void decode_attention(const DecodeShape &s, const cls
     if ((int)blockIdx.x >= active)
         return;
 
+    const float *q = queries(s, b, warp, (int)blockIdx.x == (tiles - 1) % active);
     QueryHeads<D> query;
-    const float unscale =
-        query.load(g < b.n_heads ? s.q + ((size_t)b.row * s.n_head + b.head + g) * D : nullptr, s.scale * LOG2_E, lane);
+    const float unscale = query.load(g < b.n_heads ? q + g * D : nullptr, s.scale * LOG2_E, lane);
+    if constexpr (Queries::STAGED)
+        __syncthreads();
     const float unscale_even = __shfl_sync(CLSA_FULL_WARP, unscale, 8 * t);
     const float unscale_odd = __shfl_sync(CLSA_FULL_WARP, unscale, 8 * t + 4);
 
@@ -381,9 +419,9 @@ __device__ __forceinline__ float any_row_value(int type, const uint8_t *row, int
 }
 
 // The general form: d up to 32 * CHUNKS, up to HEADS heads a block.
-template <int CHUNKS, int HEADS, typename Source>
+template <int CHUNKS, int HEADS, typename Source, typename Queries>
 __device__ __forceinline__ void decode_attention_any(const DecodeShape &s, const clsa_split &split, Source source,
-                                                     int k_type, int v_type) {
+                                                     const Queries &queries, int k_type, int v_type) {
     CLSA_DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const DecodeBlock b(s, split);
@@ -391,6 +429,8 @@ __device__ __forceinline__ void decode_attention_any(const DecodeShape &s, const
     const int active = max(1, min(split.splits, (tiles + DECODE_WARPS - 1) / DECODE_WARPS));
     if ((int)blockIdx.x >= active)
         return;
+    // The row's own position is the last.
+    const float *heads = queries(s, b, warp, (int)blockIdx.x == (source.end - 1 - source.begin) % active);
     float q[HEADS][CHUNKS], acc[HEADS][CHUNKS] = {}, top[HEADS], sum[HEADS] = {};
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
@@ -398,11 +438,11 @@ __device__ __forceinline__ void decode_attention_any(const DecodeShape &s, const
 #pragma unroll
         for (int i = 0; i < CHUNKS; ++i) {
             const int j = i * 32 + lane;
-            q[h][i] = h < b.n_heads && j < s.d
-                          ? s.q[((size_t)b.row * s.n_head + b.head + h) * s.d + j] * (s.scale * LOG2_E)
-                          : 0.0f;
+            q[h][i] = h < b.n_heads && j < s.d ? heads[h * s.d + j] * (s.scale * LOG2_E) : 0.0f;
         }
     }
+    if constexpr (Queries::STAGED)
+        __syncthreads();
     for (int pos = source.begin + warp * active + blockIdx.x; pos < source.end; pos += active * DECODE_WARPS) {
         source.tile(pos / 16 * 16, lane);
         const uint8_t *k_row = source.k_row(pos), *v_row = source.v_row(pos);

@@ -7,6 +7,7 @@
 #pragma once
 #include "attention.h"
 #include "gather_attention.h"
+#include "rope_append.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -29,6 +30,14 @@ struct clsa_attention_cuda {
     struct clsa_split split; // decode
     int32_t tokens;          // prefill: rows of a tile
     int32_t reserved;
+};
+
+// rope_append and attention of a decode batch in one launch: `append` takes q, k and v from their projections and
+// writes the caches that `op` reads; op.q and append.q_out are not used. No two rows belong to the same sequence.
+struct clsa_append_attention_cuda {
+    struct clsa_rope_append append;
+    struct clsa_attention op;
+    struct clsa_split split;
 };
 
 // The selected rows of K and V of one token, side by side, so that every cross layer reads the same lines: f16, or f32

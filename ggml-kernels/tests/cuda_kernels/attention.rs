@@ -286,3 +286,107 @@ fn prefill_does_not_depend_on_the_batch() {
         assert!(whole[60 * 192..] == part[..], "a row's result depends on its batch");
     });
 }
+
+/// rope_append and attention in one launch, against one after the other.
+fn check_append(target: &Target, s: &Shape, norm: bool, interleaved: bool) {
+    let mut data = Data::new(target, s);
+    let mut random = Random::new(77);
+    let (n, width) = (s.rows.len(), s.n_kv * s.d);
+    let mut k = Dual::new(target, random.normals(n * width));
+    let mut v = Dual::new(target, random.normals(n * width));
+    let mut q_out = Dual::<f32>::poisoned(target, n * s.n_head * s.d);
+    let (mut q_norm, mut k_norm) =
+        (Dual::new(target, random.normals(s.d)), Dual::new(target, random.normals(s.d)));
+    let angles = random.normals(n * s.d / 2);
+    let mut cos = Dual::new(target, angles.iter().map(|a| a.cos()).collect());
+    let mut sin = Dual::new(target, angles.iter().map(|a| a.sin()).collect());
+    let heads = clsa_rope_append {
+        n_head: s.n_head as i32,
+        n_kv: s.n_kv as i32,
+        d: s.d as i32,
+        n_rot: s.d as i32,
+        interleaved: interleaved.into(),
+        eps: 1e-5,
+        ..Default::default()
+    };
+    let shape = clsa_attention {
+        n_head: heads.n_head,
+        n_kv: heads.n_kv,
+        d: heads.d,
+        window: s.window as i32,
+        scale: 1.0 / (s.d as f32).sqrt(),
+        ..Default::default()
+    };
+    let mut host = clsa_rope_append {
+        batch: data.seq.host(),
+        q: data.q.h(),
+        q_out: q_out.h(),
+        k: k.h(),
+        v: v.h(),
+        cos: cos.h(),
+        sin: sin.h(),
+        k_cache: data.k.host(),
+        v_cache: data.v.host(),
+        ..heads
+    };
+    let mut device = clsa_rope_append {
+        batch: data.seq.device(),
+        q: data.q.d(),
+        k: k.d(),
+        v: v.d(),
+        cos: cos.d(),
+        sin: sin.d(),
+        k_cache: data.k.device(),
+        v_cache: data.v.device(),
+        ..heads
+    };
+    if norm {
+        (host.q_norm, host.k_norm) = (q_norm.h(), k_norm.h());
+        (device.q_norm, device.k_norm) = (q_norm.d(), k_norm.d());
+    }
+    reference(&host);
+    reference(&clsa_attention {
+        batch: host.batch,
+        q: q_out.h(),
+        out: data.out.h(),
+        k: host.k_cache,
+        v: host.v_cache,
+        ..shape
+    });
+    let op = clsa_attention {
+        batch: device.batch,
+        out: data.out.d(),
+        k: device.k_cache,
+        v: device.v_cache,
+        ..shape
+    };
+    // SAFETY: buffers of these shapes live until the wait; every row has its own sequence.
+    unsafe { data.scratch().append_attention(target, &device, &op).expect("append_attention") };
+    target.wait();
+    let error = relative_error(&data.out.fetch(), &data.out.host, s.d);
+    // A cached value may round to the neighbour of the reference's.
+    let tolerance = if s.k == CLSA_Q8_0 || s.v == CLSA_Q8_0 { 3e-3 } else { s.tolerance(false).max(1e-5) };
+    assert!(error < tolerance, "error {error}");
+    for (kind, pool) in [(s.k, &data.k), (s.v, &data.v)] {
+        let (want, got) = pool.both();
+        crate::rope_append::same_rows(kind, want, &got);
+    }
+}
+
+#[test]
+fn append_and_attend_in_one_launch() {
+    on_each_target(|target| {
+        let base = Shape { window: 100, ring: 128, ..Shape::decode(10, 2, 128, &[1, 16, 101, 450, 512]) };
+        check_append(target, &base, true, false);
+        check_append(target, &Shape { n_head: 9, n_kv: 3, d: 64, ring: 0, ..base.clone() }, false, false);
+        check_append(
+            target,
+            &Shape { n_head: 24, n_kv: 2, d: 64, window: 0, ring: 0, ..base.clone() },
+            true,
+            true,
+        );
+        for (k, v, d) in [(CLSA_Q8_0, CLSA_F16, 128), (CLSA_F32, CLSA_F32, 64), (CLSA_F16, CLSA_F16, 256)] {
+            check_append(target, &Shape { k, v, d, ..base.clone() }, true, false);
+        }
+    });
+}

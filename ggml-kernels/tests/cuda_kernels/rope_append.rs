@@ -93,7 +93,7 @@ fn check(target: &Target, s: &Shape) {
 }
 
 /// Equal, but for values next to a rounding boundary; untouched bytes stay as they were.
-fn same_rows(kind: u32, want: &[u64], got: &[u64]) {
+pub fn same_rows(kind: u32, want: &[u64], got: &[u64]) {
     let bytes = |words: &[u64]| words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
     let (want, got) = (bytes(want), bytes(got));
     let mut off = 0;

@@ -120,6 +120,13 @@ fn same_place(k: &clsa_rows, v: &clsa_rows, heads: Heads) -> Result<()> {
     })
 }
 
+/// How a decode batch is launched.
+struct Plan {
+    split: clsa_split,
+    variant: String,
+    launch: Launch,
+}
+
 impl DecodeScratch {
     /// Bytes for ops of this many heads on a device of that many multiprocessors, whatever the rows and positions.
     #[must_use]
@@ -152,9 +159,44 @@ impl DecodeScratch {
     /// The pointers of `op` and this scratch are valid on the executor's device until the work is done, positions lie within the page
     /// tables, and nothing else uses the scratch meanwhile.
     pub unsafe fn attention(&self, on: &impl Executor, op: &clsa_attention) -> Result<()> {
+        let plan = self.plan(on, op, op.q)?;
+        let params = clsa_attention_cuda { op: *op, split: plan.split, ..Default::default() };
+        // SAFETY: the kernel's parameter struct; its addresses are the caller's promise.
+        unsafe { on.run(&format!("attention_decode_{}", plan.variant), plan.launch, &params) }
+    }
+
+    /// Queues `append` (rope_append.h) and then `op` over the same caches in one launch, for decode batches: `op.q` and `append.q_out`
+    /// are not used.
+    ///
+    /// # Errors
+    /// As [`Self::attention`].
+    ///
+    /// # Safety
+    /// As [`Self::attention`], for both; and no two rows of the batch belong to the same sequence, since the rows' blocks do not wait
+    /// for each other.
+    pub unsafe fn append_attention(
+        &self,
+        on: &impl Executor,
+        append: &clsa_rope_append,
+        op: &clsa_attention,
+    ) -> Result<()> {
+        super::rope_append::shape(append)?;
+        ensure(
+            !append.q.is_null()
+                && (append.n_head, append.n_kv, append.d) == (op.n_head, op.n_kv, op.d)
+                && (append.k_cache.base, append.v_cache.base) == (op.k.base, op.v.base),
+            || "append_attention: q, k and v of the same heads and caches wanted".into(),
+        )?;
+        let plan = self.plan(on, op, append.q)?;
+        let params = clsa_append_attention_cuda { append: *append, op: *op, split: plan.split };
+        // SAFETY: as above.
+        unsafe { on.run(&format!("attention_append_{}", plan.variant), plan.launch, &params) }
+    }
+
+    fn plan(&self, on: &impl Executor, op: &clsa_attention, q: *const f32) -> Result<Plan> {
         let heads = Heads::new(op.n_head, op.n_kv, op.d)?;
         same_place(&op.k, &op.v, heads)?;
-        aligned(op.q, op.out)?;
+        aligned(q, op.out)?;
         let (fast, k, v) = fast(&op.k, &op.v, heads.d)?;
         let rows = op.batch.n_rows as usize;
         let most = match (op.window, op.k.ring) {
@@ -163,20 +205,13 @@ impl DecodeScratch {
             _ => op.batch.table_stride as usize * CLSA_PAGE as usize,
         };
         let splits = heads.splits(on, rows, most, fast);
-        let params = clsa_attention_cuda {
-            op: *op,
+        Ok(Plan {
             split: self.split(heads, rows, splits, fast)?,
-            ..Default::default()
-        };
-        let name = if fast {
-            format!("attention_decode_{k}_{v}_d{}", heads.d)
-        } else {
-            format!("attention_decode_any_{}", general(heads.d))
-        };
-        let launch =
-            Launch::new(1, DECODE_THREADS).grid(splits, heads.blocks(fast), rows).shared(heads.shared(fast));
-        // SAFETY: the kernel's parameter struct; its addresses are the caller's promise.
-        unsafe { on.run(&name, launch, &params) }
+            variant: if fast { format!("{k}_{v}_d{}", heads.d) } else { format!("any_{}", general(heads.d)) },
+            launch: Launch::new(1, DECODE_THREADS)
+                .grid(splits, heads.blocks(fast), rows)
+                .shared(heads.shared(fast)),
+        })
     }
 
     /// Queues `op` (gather_attention.h), whose pointers are device addresses: over the rows that [`Gathered::gather`] put side by
