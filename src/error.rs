@@ -23,6 +23,9 @@ pub enum Error {
     /// A session file cannot be used. Exit code 2.
     #[error(transparent)]
     Session(#[from] crate::session::FileError),
+    /// A chat template is missing, broken or refuses a conversation.
+    #[error(transparent)]
+    Template(#[from] crate::template::Error),
     /// Reading or writing failed. Exit code 1.
     #[error("{}: {source}", path.display())]
     Io {
@@ -73,6 +76,7 @@ impl Error {
             | Self::Tokenizer(_)
             | Self::ContextFull { .. } => 2,
             Self::Convert(e) => e.exit_code(),
+            Self::Template(e) => e.exit_code(),
             Self::Sampler(e) => e.exit_code(),
             Self::Io { .. } | Self::Memory { .. } | Self::Runtime(_) => 1,
             Self::Interrupted => 130,

@@ -21,6 +21,7 @@ pub mod model;
 pub mod placement;
 pub mod sampler;
 pub mod session;
+pub mod template;
 pub mod tokenizer;
 
 pub use clsa_convert::gguf;
