@@ -1,5 +1,6 @@
 //! Timing of prefill and decode, in llama-bench's manner.
 pub mod list;
+pub mod peer;
 pub mod report;
 
 use std::ops::ControlFlow;
@@ -71,6 +72,10 @@ struct Tokens {
 }
 
 impl Tokens {
+    fn new(vocab: usize) -> Self {
+        Self { state: 42, vocab: vocab as u64 }
+    }
+
     fn next(&mut self) -> u32 {
         // Numerical Recipes' linear congruential generator: any spread of tokens will do.
         self.state =
@@ -96,8 +101,8 @@ impl Bench {
     /// Wraps an engine.
     #[must_use]
     pub fn new(engine: Engine) -> Self {
-        let vocab = engine.model().config.vocab as u64;
-        Self { engine, tokens: Tokens { state: 42, vocab }, ready: vec![], depth: 0 }
+        let tokens = Tokens::new(engine.model().config.vocab);
+        Self { engine, tokens, ready: vec![], depth: 0 }
     }
 
     /// The engine underneath.
@@ -175,6 +180,18 @@ pub fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
     (mean, variance.sqrt())
 }
 
+/// The median; NaN of nothing.
+#[must_use]
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,5 +208,6 @@ mod tests {
     fn deviation_is_the_samples() {
         assert_eq!(mean_and_deviation(&[2.0, 4.0]), (3.0, std::f64::consts::SQRT_2));
         assert_eq!(mean_and_deviation(&[2.0]), (2.0, 0.0));
+        assert_eq!((median(&[3.0, 1.0, 2.0]), median(&[4.0, 1.0])), (2.0, 2.5));
     }
 }

@@ -44,6 +44,9 @@ pub struct Row {
     /// Share of what the machine's measured limits allow, where `--limits` was given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub share_of_limit: Option<f64>,
+    /// Our speed over llama.cpp's, median of the pairs, where `--with-llama-cpp` was given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio_to_llama_cpp: Option<f64>,
 }
 
 /// Output formats.
@@ -64,13 +67,22 @@ pub struct Report<W> {
     out: W,
     format: Format,
     rows: usize,
-    limits: bool,
+    columns: Columns,
+}
+
+/// Columns that a table has only when they were asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Columns {
+    /// Share of the measured limit.
+    pub limits: bool,
+    /// Ratio to llama.cpp.
+    pub llama_cpp: bool,
 }
 
 impl<W: Write> Report<W> {
-    /// A report in `format`; `limits` adds the share-of-limit column to tables.
-    pub fn new(out: W, format: Format, limits: bool) -> Self {
-        Self { out, format, rows: 0, limits }
+    /// A report in `format`.
+    pub fn new(out: W, format: Format, columns: Columns) -> Self {
+        Self { out, format, rows: 0, columns }
     }
 
     /// Writes one row.
@@ -102,10 +114,17 @@ impl<W: Write> Report<W> {
 
     fn md(&mut self, row: &Row, first: bool) -> io::Result<()> {
         if first {
-            let (name, line) = if self.limits { (" of limit |", " ---: |") } else { ("", "") };
+            let mut extra = String::new();
+            let mut line = String::new();
+            for (on, name) in [(self.columns.limits, "of limit"), (self.columns.llama_cpp, "x llama.cpp")] {
+                if on {
+                    extra += &format!(" {name} |");
+                    line += " ---: |";
+                }
+            }
             writeln!(
                 self.out,
-                "| model | size | params | backend | threads | ub | K/V | routing | test | t/s |{name}"
+                "| model | size | params | backend | threads | ub | K/V | routing | test | t/s |{extra}"
             )?;
             writeln!(self.out, "| --- | ---: | ---: | --- | ---: | ---: | --- | --- | ---: | ---: |{line}")?;
         }
@@ -126,11 +145,15 @@ impl<W: Write> Report<W> {
             row.avg_ts,
             row.stddev_ts,
         )?;
-        match (self.limits, row.share_of_limit) {
-            (true, Some(share)) => writeln!(self.out, " {:.1} % |", share * 100.0),
-            (true, None) => writeln!(self.out, " |"),
-            (false, _) => writeln!(self.out),
+        if self.columns.limits {
+            let share = row.share_of_limit.map_or_else(String::new, |s| format!("{:.1} %", s * 100.0));
+            write!(self.out, " {share} |")?;
         }
+        if self.columns.llama_cpp {
+            let ratio = row.ratio_to_llama_cpp.map_or_else(String::new, |r| format!("{r:.2}"));
+            write!(self.out, " {ratio} |")?;
+        }
+        writeln!(self.out)
     }
 
     fn csv(&mut self, row: &Row, first: bool) -> io::Result<()> {

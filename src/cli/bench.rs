@@ -9,8 +9,9 @@ use clap::Args;
 use super::model::{CacheTypeArg, Device, ModelArgs};
 use super::stdout_error;
 use crate::backend::Routing;
-use crate::bench::report::{Format, Report, Row};
-use crate::bench::{Bench, Fill, Test, list, mean_and_deviation};
+use crate::bench::peer::Peer;
+use crate::bench::report::{Columns, Format, Report, Row};
+use crate::bench::{Bench, Fill, Test, list, mean_and_deviation, median};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::Model;
@@ -74,6 +75,9 @@ pub struct BenchArgs {
     /// How the caches come to hold the depth: by prefill, or by random rows
     #[arg(long, value_name = "HOW", default_value = "prefill")]
     fill: FillArg,
+    /// Time llama.cpp on this Transformer file in the same run, repetition by repetition in turn (CPU, same threads)
+    #[arg(long, value_name = "FILE")]
+    with_llama_cpp: Option<PathBuf>,
     /// Leave out the warm-up run
     #[arg(long)]
     no_warmup: bool,
@@ -95,7 +99,8 @@ enum FillArg {
 pub fn run(args: &BenchArgs) -> Result<()> {
     let stop = interrupt::requested()?;
     let tests = args.tests()?;
-    let mut report = Report::new(io::stdout().lock(), args.output, false);
+    let columns = Columns { llama_cpp: args.with_llama_cpp.is_some(), ..Columns::default() };
+    let mut report = Report::new(io::stdout().lock(), args.output, columns);
     let bundled =
         ModelArgs { model: None, ..args.model_args(None, 0, 0, CacheTypeArg::F16, CacheTypeArg::F16, None) };
     let models = if args.model.is_empty() { vec![bundled.path()?] } else { args.model.clone() };
@@ -205,26 +210,43 @@ impl Setting {
             FillArg::Prefill => Fill::Prefill,
             FillArg::Random => Fill::Random,
         };
+        let context = options.context;
+        let mut peer = (args.with_llama_cpp.as_deref())
+            .map(|path| {
+                Ok::<_, Error>((path, Peer::open(path, context, options.max_rows, self.0.threads())?))
+            })
+            .transpose()?;
         for test in tests {
-            bench.prepare(test, fill)?;
+            let mut peer = peer.as_mut().filter(|_| test.sequences == 1);
             if !args.no_warmup {
-                let warm_up = Test {
-                    prompt: test.prompt.min(options.max_rows),
-                    generate: test.generate.min(2),
-                    ..*test
-                };
+                let (prompt, generate) = (test.prompt.min(options.max_rows), test.generate.min(2));
+                let warm_up = Test { prompt, generate, ..*test };
+                bench.prepare(test, fill)?;
                 bench.run(&warm_up)?;
+                if let Some((_, peer)) = &mut peer {
+                    peer.prepare(test.depth)?;
+                    peer.run(&warm_up)?;
+                }
             }
-            let (mut samples_s, mut samples_prompt_s) = (vec![], vec![]);
+            let (mut samples_s, mut samples_prompt_s, mut peer_s) = (vec![], vec![], vec![]);
             for _ in 0..args.repetitions.max(1) {
                 bench.prepare(test, fill)?;
                 let (prompt, generate) = bench.run(test)?;
                 samples_s.push(prompt + generate);
                 samples_prompt_s.push(prompt);
+                if let Some((_, peer)) = &mut peer {
+                    peer.prepare(test.depth)?;
+                    peer_s.push(peer.run(test)?);
+                }
             }
-            let rates: Vec<f64> = samples_s.iter().map(|s| test.tokens() as f64 / s).collect();
-            let (avg_ts, stddev_ts) = mean_and_deviation(&rates);
-            row(&Row {
+            let ratios: Vec<f64> =
+                samples_s.iter().zip(&peer_s).map(|(ours, theirs)| theirs / ours).collect();
+            let rates = |samples: &[f64]| {
+                let rates: Vec<f64> = samples.iter().map(|s| test.tokens() as f64 / s).collect();
+                mean_and_deviation(&rates)
+            };
+            let (avg_ts, stddev_ts) = rates(&samples_s);
+            let ours = Row {
                 build: concat!(env!("CARGO_PKG_VERSION"), " (", env!("CLSA_COMMIT"), ")").into(),
                 backend: bench.engine().backend().describe(),
                 model: model
@@ -246,8 +268,36 @@ impl Setting {
                 avg_ts,
                 stddev_ts,
                 share_of_limit: None,
-            })?;
+                ratio_to_llama_cpp: peer.is_some().then(|| median(&ratios)),
+            };
+            let ours = describe(ours, model);
+            row(&ours)?;
+            if let Some((path, _)) = peer {
+                let (avg_ts, stddev_ts) = rates(&peer_s);
+                let file = Model::open(path)?;
+                row(&Row {
+                    backend: "llama.cpp, CPU".into(),
+                    routing: "dense".into(),
+                    fill: Fill::Prefill,
+                    samples_s: peer_s,
+                    samples_prompt_s: vec![],
+                    avg_ts,
+                    stddev_ts,
+                    ratio_to_llama_cpp: None,
+                    ..describe(ours, &file)
+                })?;
+            }
         }
         Ok(())
+    }
+}
+
+/// The row with the model's name and sizes.
+fn describe(row: Row, model: &Model) -> Row {
+    Row {
+        model: model.file.path().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
+        model_size: model.weights.all().map(|w| w.bytes as u64).sum(),
+        model_n_params: model.weights.all().map(|w| (w.n_in * w.n_out) as u64).sum(),
+        ..row
     }
 }

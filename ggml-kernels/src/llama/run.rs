@@ -91,6 +91,28 @@ impl Llama {
         self.len = 0;
     }
 
+    /// Cuts the sequence back to `len` positions.
+    pub fn truncate(&mut self, len: usize) {
+        if len < self.len {
+            // SAFETY: the context is alive; llama.cpp checks the range.
+            unsafe {
+                ggml::llama_memory_seq_rm(
+                    ggml::llama_get_memory(self.context.as_ptr()),
+                    0,
+                    len as ggml::llama_pos,
+                    -1,
+                );
+            }
+            self.len = len;
+        }
+    }
+
+    /// Tokens of its vocabulary.
+    #[must_use]
+    pub fn vocab(&self) -> usize {
+        self.n_vocab
+    }
+
     /// Appends `tokens` and returns the logits of the last one, `[vocab]`.
     ///
     /// # Errors
