@@ -27,7 +27,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 CLSA := $(TARGET)/release/clsa
 PYTHON := .venv/bin/python
 
-.PHONY: build chat test test-slow golden lint format install python cuda-toolkit build-deps help
+.PHONY: build chat test test-slow golden lint bench-smoke bench-gpu format install python cuda-toolkit build-deps help
 
 ## Build the release binary; installs missing build tools (cmake, clang, libclang) through apt
 build: build-deps
@@ -72,6 +72,14 @@ lint: build-deps
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets $(CARGO_FLAGS) -- -D warnings
 	tools/format-c --check
+
+## Run the benchmarks on a tiny model and look at the answers, not at the times
+bench-smoke: build-deps
+	$(CARGO) test --release --test cli $(CARGO_FLAGS) -- bench::
+
+## Time every GPU kernel against its limit; results are checked first
+bench-gpu: build-deps
+	$(CARGO) bench -p ggml-kernels --bench cuda_ops $(CARGO_FLAGS)
 
 ## Format Rust, C and CUDA sources
 format:

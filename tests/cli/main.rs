@@ -1,4 +1,5 @@
 //! The real binary: exit codes, what goes to standard output and what to standard error, signals, pipes.
+mod bench;
 mod run;
 mod signals;
 mod usage;
