@@ -40,9 +40,9 @@ __device__ __forceinline__ void attention_append_any(const clsa_append_attention
 } // namespace
 
 #define DECODE(k, v, K, V, d)                                                                                          \
-    CLSA_KERNEL(attention_decode_##k##_##v##_d##d, clsa_attention_cuda, (DECODE_THREADS, 3),                           \
+    CLSA_KERNEL(attention_decode_##k##_##v##_d##d, clsa_attention_cuda, (DECODE_THREADS, 1),                           \
                 (attention_decode<K, V, d>(p)))                                                                        \
-    CLSA_KERNEL(attention_append_##k##_##v##_d##d, clsa_append_attention_cuda, (DECODE_THREADS, 3),                    \
+    CLSA_KERNEL(attention_append_##k##_##v##_d##d, clsa_append_attention_cuda, (DECODE_THREADS, 1),                    \
                 (attention_append<K, V, d>(p)))
 
 DECODE(f16, f16, CLSA_F16, CLSA_F16, 64)

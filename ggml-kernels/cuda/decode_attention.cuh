@@ -10,7 +10,7 @@
 #include "attention_cuda.h"
 #include "rope_append.cuh"
 
-constexpr int DECODE_THREADS = 128, DECODE_WARPS = DECODE_THREADS / 32;
+constexpr int DECODE_THREADS = 256, DECODE_WARPS = DECODE_THREADS / 32;
 
 // A range of positions of a sequence in the cache.
 struct CachedSource {
@@ -126,11 +126,10 @@ struct DecodeBlock {
     }
 };
 
-// Shared memory of a block: what each warp found, then the splits' weights.
+// Shared memory of a block: what each warp found.
 struct DecodeShared {
-    float *part;    // [DECODE_WARPS][head_tile][d + 4]
-    float *bounds;  // [DECODE_WARPS][CLSA_HEAD_TILE][2]
-    float *weights; // [CLSA_HEAD_TILE][CLSA_MAX_SPLITS]
+    float *part;   // [DECODE_WARPS][head_tile][d + 4]
+    float *bounds; // [DECODE_WARPS][CLSA_HEAD_TILE][2]
     uint32_t *flag;
     int stride, warp_stride;
     __device__ __forceinline__ DecodeShared(uint8_t *shared, int head_tile, int d) {
@@ -138,8 +137,7 @@ struct DecodeShared {
         warp_stride = head_tile * stride;
         part = reinterpret_cast<float *>(shared);
         bounds = part + DECODE_WARPS * warp_stride;
-        weights = bounds + DECODE_WARPS * CLSA_HEAD_TILE * 2;
-        flag = reinterpret_cast<uint32_t *>(weights + CLSA_HEAD_TILE * CLSA_MAX_SPLITS);
+        flag = reinterpret_cast<uint32_t *>(bounds + DECODE_WARPS * CLSA_HEAD_TILE * 2);
     }
 };
 
@@ -156,7 +154,7 @@ __device__ __forceinline__ float part_weight(float m, float top) {
 // `out`.
 __device__ __forceinline__ void decode_finish(const DecodeShape &s, const clsa_split &split, const DecodeBlock &b,
                                               DecodeShared &sh, int active) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, vectors = s.d / 4;
+    const int vectors = s.d / 4;
     const size_t first_head = (size_t)b.row * s.n_head + b.head;
     __syncthreads();
     for (int item = threadIdx.x; item < b.n_heads * vectors; item += DECODE_THREADS) {
@@ -184,37 +182,39 @@ __device__ __forceinline__ void decode_finish(const DecodeShape &s, const clsa_s
     }
     if (active == 1 || !last_block(split.tickets + b.ticket, active, sh.flag))
         return;
-    for (int h = warp; h < b.n_heads; h += DECODE_WARPS) {
-        const float2 *bounds = reinterpret_cast<const float2 *>(split.bounds) + (first_head + h) * split.splits;
-        float top = -INFINITY, sum = 0;
-        float2 mine[CLSA_MAX_SPLITS / 32];
-#pragma unroll
-        for (int i = 0; i < CLSA_MAX_SPLITS / 32; ++i) {
-            const int at = i * 32 + lane;
-            mine[i] = at < active ? load_l2(&bounds[at]) : make_float2(-INFINITY, 0);
-            top = fmaxf(top, mine[i].x);
-        }
-        top = warp_max(top);
-#pragma unroll
-        for (int i = 0; i < CLSA_MAX_SPLITS / 32; ++i) {
-            mine[i].x = part_weight(mine[i].x, top);
-            sum = fmaf(mine[i].x, mine[i].y, sum);
-        }
-        sum = warp_sum(sum);
-#pragma unroll
-        for (int i = 0; i < CLSA_MAX_SPLITS / 32; ++i)
-            sh.weights[h * CLSA_MAX_SPLITS + i * 32 + lane] = mine[i].x / sum;
-    }
-    __syncthreads();
+    constexpr int AT_ONCE = 16; // parts in flight
     for (int item = threadIdx.x; item < b.n_heads * vectors; item += DECODE_THREADS) {
         const int h = item / vectors, c = item % vectors;
-        const float4 *parts =
-            reinterpret_cast<const float4 *>(split.partial) + (first_head + h) * split.splits * vectors + c;
+        const size_t first = (first_head + h) * split.splits;
+        const float2 *bounds = reinterpret_cast<const float2 *>(split.bounds) + first;
+        const float4 *parts = reinterpret_cast<const float4 *>(split.partial) + first * vectors + c;
+        float top = -INFINITY, sum = 0;
         float4 v = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-        for (int i = 0; i < active; ++i)
-            v = fma4(sh.weights[h * CLSA_MAX_SPLITS + i], load_l2(&parts[(size_t)i * vectors]), v);
-        reinterpret_cast<float4 *>(s.out)[(first_head + h) * vectors + c] = v;
+        for (int start = 0; start < active; start += AT_ONCE) {
+            float2 bound[AT_ONCE];
+            float4 part[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const bool there = start + i < active;
+                bound[i] = there ? load_l2(&bounds[start + i]) : make_float2(-INFINITY, 0);
+                part[i] = there ? load_l2(&parts[(size_t)(start + i) * vectors]) : make_float4(0, 0, 0, 0);
+            }
+            const float before = top;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                top = fmaxf(top, bound[i].x);
+            const float correction = part_weight(before, top);
+            sum *= correction;
+            v = make_float4(v.x * correction, v.y * correction, v.z * correction, v.w * correction);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const float weight = part_weight(bound[i].x, top);
+                sum = fmaf(weight, bound[i].y, sum);
+                v = fma4(weight, part[i], v);
+            }
+        }
+        reinterpret_cast<float4 *>(s.out)[(first_head + h) * vectors + c] =
+            make_float4(v.x / sum, v.y / sum, v.z / sum, v.w / sum);
     }
 }
 
@@ -309,23 +309,12 @@ __device__ __forceinline__ void decode_attention(const DecodeShape &s, const cls
     if ((int)blockIdx.x >= active)
         return;
 
-    const float *q = queries(s, b, warp, (int)blockIdx.x == (tiles - 1) % active);
-    QueryHeads<D> query;
-    const float unscale = query.load(g < b.n_heads ? q + g * D : nullptr, s.scale * LOG2_E, lane);
-    if constexpr (Queries::STAGED)
-        __syncthreads();
-    const float unscale_even = __shfl_sync(CLSA_FULL_WARP, unscale, 8 * t);
-    const float unscale_odd = __shfl_sync(CLSA_FULL_WARP, unscale, 8 * t + 4);
-
-    // Columns 2t and 2t + 1 of the products: the lane's two heads.
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    float acc[D / 16][4] = {};
-    for (int tile = warp * active + blockIdx.x; tile < tiles; tile += active * DECODE_WARPS) {
+    uint4 low[D / 32], high[D / 32], value[4][D / 64];
+    const auto load = [&](int tile) {
         const int at = (first_tile + tile) * 16;
         source.tile(at, lane);
         const auto within = [&](int i) { return max(source.begin, min(source.end - 1, at + i)); };
         const uint8_t *k_low = source.k_row(within(g)), *k_high = source.k_row(within(g + 8));
-        uint4 low[D / 32], high[D / 32], value[4][D / 64];
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) {
             low[i] = source.template load<TK>(k_low, b.kv * D + i * 32 + t * 8);
@@ -338,6 +327,28 @@ __device__ __forceinline__ void decode_attention(const DecodeShape &s, const cls
             for (int i = 0; i < D / 64; ++i)
                 value[j][i] = source.template load<TV>(v_row, b.kv * D + i * 64 + g * 8);
         }
+    };
+    // The first tile is on its way while the queries are made ready; the one with the row's own position once that is
+    // appended.
+    int tile = warp * active + blockIdx.x;
+    const bool late = Queries::STAGED && tile == tiles - 1;
+    if (tile < tiles && !late)
+        load(tile);
+    const float *q = queries(s, b, warp, (int)blockIdx.x == (tiles - 1) % active);
+    if (late)
+        load(tile);
+    QueryHeads<D> query;
+    const float unscale = query.load(g < b.n_heads ? q + g * D : nullptr, s.scale * LOG2_E, lane);
+    if constexpr (Queries::STAGED)
+        __syncthreads();
+    const float unscale_even = __shfl_sync(CLSA_FULL_WARP, unscale, 8 * t);
+    const float unscale_odd = __shfl_sync(CLSA_FULL_WARP, unscale, 8 * t + 4);
+
+    // Columns 2t and 2t + 1 of the products: the lane's two heads.
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    float acc[D / 16][4] = {};
+    while (tile < tiles) {
+        const int at = (first_tile + tile) * 16;
         float by_high[4] = {}, by_low[4] = {};
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) {
@@ -392,6 +403,9 @@ __device__ __forceinline__ void decode_attention(const DecodeShape &s, const cls
                 mma_16816(o, a, weights[0], weights[1]);
             }
         }
+        tile += active * DECODE_WARPS;
+        if (tile < tiles)
+            load(tile);
     }
     DecodeShared sh(shared, split.head_tile, D);
 #pragma unroll

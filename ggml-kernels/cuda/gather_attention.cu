@@ -68,13 +68,13 @@ template <int CHUNKS, int HEADS> __device__ __forceinline__ void attend_selected
 } // namespace
 
 CLSA_KERNEL(gather_rows, clsa_gather_cuda, (GATHER_THREADS, 1), (gather_body(p)))
-CLSA_KERNEL(attend_gathered_d64, clsa_gather_cuda, (DECODE_THREADS, 3), (attend_gathered<64>(p)))
-CLSA_KERNEL(attend_gathered_d128, clsa_gather_cuda, (DECODE_THREADS, 3), (attend_gathered<128>(p)))
+CLSA_KERNEL(attend_gathered_d64, clsa_gather_cuda, (DECODE_THREADS, 1), (attend_gathered<64>(p)))
+CLSA_KERNEL(attend_gathered_d128, clsa_gather_cuda, (DECODE_THREADS, 1), (attend_gathered<128>(p)))
 
 #define SELECTED(k, v, K, V)                                                                                           \
-    CLSA_KERNEL(attend_selected_##k##_##v##_d64, clsa_gather_cuda, (DECODE_THREADS, 3),                                \
+    CLSA_KERNEL(attend_selected_##k##_##v##_d64, clsa_gather_cuda, (DECODE_THREADS, 1),                                \
                 (attend_selected<K, V, 64>(p)))                                                                        \
-    CLSA_KERNEL(attend_selected_##k##_##v##_d128, clsa_gather_cuda, (DECODE_THREADS, 3),                               \
+    CLSA_KERNEL(attend_selected_##k##_##v##_d128, clsa_gather_cuda, (DECODE_THREADS, 1),                               \
                 (attend_selected<K, V, 128>(p)))
 
 SELECTED(f16, f16, CLSA_F16, CLSA_F16)

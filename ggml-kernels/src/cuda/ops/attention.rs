@@ -3,15 +3,15 @@ use super::{Carver, Executor, Launch, Result, ensure, type_name};
 use crate::contracts::*;
 
 /// Threads of the decode kernels and of the gathering kernel (decode_attention.cuh, gather_attention.cu).
-const DECODE_THREADS: usize = 128;
+const DECODE_THREADS: usize = 256;
 const DECODE_WARPS: usize = DECODE_THREADS / 32;
 const GATHER_THREADS: usize = 256;
 /// Rows (token, head) of a prefill tile, its threads, and the positions of a tile of keys (prefill_attention.cuh).
 const PREFILL_ROWS: usize = 128;
 const PREFILL_THREADS: usize = 256;
 const PREFILL_KEYS: usize = 64;
-/// Decode blocks that a multiprocessor holds at a time.
-const BLOCKS_PER_MULTIPROCESSOR: usize = 3;
+/// Decode blocks that a multiprocessor holds at a time (by their registers).
+const BLOCKS_PER_MULTIPROCESSOR: usize = 1;
 /// Waves of blocks when there are too many rows for one.
 const WAVES: usize = 4;
 
@@ -72,10 +72,8 @@ impl Heads {
         (split, carver.used)
     }
     fn shared(self, fast: bool) -> usize {
-        let words = DECODE_WARPS * self.tile(fast) * (self.d + 4)
-            + DECODE_WARPS * CLSA_HEAD_TILE as usize * 2
-            + (CLSA_HEAD_TILE * CLSA_MAX_SPLITS) as usize
-            + 4;
+        let words =
+            DECODE_WARPS * self.tile(fast) * (self.d + 4) + DECODE_WARPS * CLSA_HEAD_TILE as usize * 2 + 4;
         words * 4
     }
 }
