@@ -84,6 +84,10 @@ pub trait Listener {
     fn prompt(&mut self, _done: usize, _total: usize) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
+    /// The logits of another token are there, and what routing selected for it.
+    fn step(&mut self, _session: &mut Session) -> Result<()> {
+        Ok(())
+    }
     /// More text, in whole characters.
     fn text(&mut self, _text: &str) -> ControlFlow<()> {
         ControlFlow::Continue(())
@@ -127,7 +131,7 @@ pub fn generate(
     let started = Instant::now();
     let mut decoder = StreamDecoder::new(limits.show_special);
     let mut stops = StopMatcher::new(limits.stop.iter().cloned());
-    let mut emit = |text: &str, answer: &mut Answer| {
+    let emit = |listener: &mut dyn Listener, text: &str, answer: &mut Answer| {
         answer.text.push_str(text);
         if text.is_empty() { ControlFlow::Continue(()) } else { listener.text(text) }
     };
@@ -135,6 +139,7 @@ pub fn generate(
         if limits.max_tokens.is_some_and(|n| answer.tokens.len() >= n) {
             break FinishReason::Length;
         }
+        listener.step(session)?;
         let token = sampler.sample(session.logits())?;
         if tokenizer.is_stop(token) && !limits.ignore_eos {
             break FinishReason::Stop;
@@ -142,7 +147,7 @@ pub fn generate(
         sampler.accept(token)?;
         answer.tokens.push(token);
         let text = stops.push(&decoder.push(tokenizer, token)?);
-        if emit(&text, &mut answer).is_break() {
+        if emit(listener, &text, &mut answer).is_break() {
             break FinishReason::Interrupted;
         }
         if stops.found().is_some() {
@@ -160,7 +165,7 @@ pub fn generate(
     };
     if stops.found().is_none() {
         let rest = stops.push(&decoder.finish()) + &stops.finish();
-        let _ = emit(&rest, &mut answer);
+        let _ = emit(listener, &rest, &mut answer);
     }
     answer.timings.generated = answer.tokens.len();
     answer.timings.generate_seconds = started.elapsed().as_secs_f64();

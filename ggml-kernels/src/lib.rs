@@ -28,4 +28,5 @@ pub mod cuda;
 
 mod check;
 pub mod ops;
+pub mod sigbus;
 pub mod simd;

@@ -1,9 +1,13 @@
 //! The command line: one module per subcommand, each with its arguments and `run`.
 pub mod bench;
+pub mod chat;
+pub mod completions;
 pub mod convert;
+pub mod devices;
 pub mod eval;
 pub mod inspect;
 pub mod model;
+pub mod prefill;
 pub mod quantize;
 pub mod recipe;
 pub mod run;
@@ -21,16 +25,38 @@ use crate::error::{Error, Result};
 
 /// Quantized local inference for YOCO models with Cross-Layer Sparse Attention.
 #[derive(Debug, Parser)]
-#[command(name = "clsa", version, about, propagate_version = true, arg_required_else_help = true)]
+#[command(name = "clsa", version, long_version = devices::long_version(), about, propagate_version = true)]
 pub struct Cli {
-    /// What to do.
+    /// List the devices that --device can name, and leave
+    #[arg(long)]
+    list_devices: bool,
+    /// What to do; a chat without it.
     #[command(subcommand)]
-    pub command: Command,
+    command: Option<Command>,
+}
+
+impl Cli {
+    /// Does what was asked for.
+    ///
+    /// # Errors
+    /// Whatever it fails with; `main` prints it and chooses the exit code.
+    pub fn run(self) -> Result<()> {
+        match self.command {
+            _ if self.list_devices => devices::list(),
+            Some(command) => command.run(),
+            // As if `clsa chat` had been typed: environment variables count.
+            None => Self::parse_from(["clsa", "chat"]).run(),
+        }
+    }
 }
 
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Chat in a terminal; one answer to standard input elsewhere. What plain `clsa` does
+    Chat(Box<chat::ChatArgs>),
+    /// Prepare a session with documents ahead of time
+    Prefill(Box<prefill::PrefillArgs>),
     /// Time prompt processing and generation
     Bench(Box<bench::BenchArgs>),
     /// Convert a checkpoint folder to a GGUF file
@@ -47,6 +73,10 @@ pub enum Command {
     Inspect(inspect::InspectArgs),
     /// Prove that every byte of a GGUF file is as it was written
     Verify(verify::VerifyArgs),
+    /// Print the completion script of a shell
+    Completions(completions::CompletionsArgs),
+    /// Print or write the manual pages
+    Man(completions::ManArgs),
 }
 
 impl Command {
@@ -56,6 +86,8 @@ impl Command {
     /// Whatever it fails with; `main` prints it and chooses the exit code.
     pub fn run(self) -> Result<()> {
         match self {
+            Self::Chat(args) => chat::run(&args),
+            Self::Prefill(args) => prefill::run(&args),
             Self::Bench(args) => bench::run(&args),
             Self::Convert(args) => convert::run(&args),
             Self::Quantize(args) => quantize::run(&args),
@@ -64,6 +96,8 @@ impl Command {
             Self::Eval(args) => eval::run(&args),
             Self::Inspect(args) => inspect::run(&args),
             Self::Verify(args) => verify::run(&args),
+            Self::Completions(args) => completions::completions(&args),
+            Self::Man(args) => completions::man(&args),
         }
     }
 }
