@@ -13,7 +13,7 @@
 #define TILE 64       // keys of a tile, from multiples of TILE on
 #define CHUNK_MIN 256 // keys of the shortest chunk
 #define CHUNK_MAX_COUNT 18
-#define BLOCK_ROWS 128 // (query row, head) pairs that share a converted tile
+#define BLOCK_ROWS 256 // (query row, head) pairs that share a converted tile
 
 struct attend {
     struct clsa_batch batch;
@@ -47,8 +47,11 @@ ALWAYS_INLINE int32_t chunk_length(struct range keys) {
     return length;
 }
 
-// Floats of the state of one (query row, head): maximum, sum, d of the weighted sum; padded to a cache line.
-ALWAYS_INLINE size_t state_floats(int32_t d) { return (size_t)d + 16; }
+// Floats of the state of one (query row, head): its maximum, up to 16 partial sums, and d of the weighted sum, on cache
+// lines.
+#define STATE_SUM 16
+#define STATE_OUT 32
+ALWAYS_INLINE size_t state_floats(int32_t d) { return (size_t)d + STATE_OUT; }
 
 // Pairs that one thread holds: a block of rows for one KV head, or one row for all.
 ALWAYS_INLINE size_t block_pairs(int32_t n_head) { return (size_t)ROUND_UP(MAX(n_head, BLOCK_ROWS), 16); }

@@ -5,9 +5,10 @@
 
 #define ISA avx2
 #define VL 8 // lanes
-// Rows and vectors of the register blocks: rows x 2 vectors of keys, rows x up to 4 vectors of values.
+// Register blocks: rows x 2 vectors of keys, rows x up to so many vectors of values.
 #define QK_ROWS 6
-#define PV_ROWS 3
+#define PV_ROWS 6
+#define PV_VECTORS 2
 
 typedef __m256 vf;
 typedef __m256i vi;
@@ -31,6 +32,7 @@ ALWAYS_INLINE float vf_hsum(vf a) {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
+ALWAYS_INLINE float vf_first(vf a) { return _mm256_cvtss_f32(a); }
 ALWAYS_INLINE vf vf_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 ALWAYS_INLINE vf vf_from_f16(const uint8_t *x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)); }
 ALWAYS_INLINE vf vf_from_i8(const uint8_t *x) {
@@ -52,17 +54,16 @@ ALWAYS_INLINE vf vf_keep(vf a, int32_t first, int32_t end) {
     return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), a, _mm256_castsi256_ps(in));
 }
 
-// 2^x for x <= 0, relative error below 2e-7; 0 below -126; NaN stays.
+// 2^x for x <= 0, relative error below 5e-7, exact at 0; 0 below -126; NaN stays.
 ALWAYS_INLINE vf vf_exp2(vf x) {
     const vf magic = vf_set1(0x1.8p23f);
     vf alive = _mm256_cmp_ps(x, vf_set1(-126), _CMP_NLT_UQ);
     vf n = vf_add(x, magic), f = vf_sub(x, vf_sub(n, magic));
-    vf p = vf_set1(1.535336188319500e-4f);
-    p = vf_fma(p, f, vf_set1(1.339887440266574e-3f));
-    p = vf_fma(p, f, vf_set1(9.618437357674640e-3f));
-    p = vf_fma(p, f, vf_set1(5.550332471162809e-2f));
-    p = vf_fma(p, f, vf_set1(2.402264791363012e-1f));
-    p = vf_fma(p, f, vf_set1(6.931472028550421e-1f));
+    vf p = vf_set1(1.1125507682416e-3f);
+    p = vf_fma(p, f, vf_set1(9.6662825246809e-3f));
+    p = vf_fma(p, f, vf_set1(5.5574004733210e-2f));
+    p = vf_fma(p, f, vf_set1(2.4022350650686e-1f));
+    p = vf_fma(p, f, vf_set1(6.9314283060835e-1f));
     p = vf_fma(p, f, vf_set1(1));
     vi scaled = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(n), 23));
     return _mm256_and_ps(alive, _mm256_castsi256_ps(scaled));

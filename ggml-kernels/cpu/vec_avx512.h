@@ -5,9 +5,10 @@
 
 #define ISA avx512
 #define VL 16 // lanes
-// Rows and vectors of the register blocks: rows x 2 vectors of keys, rows x up to 4 vectors of values.
+// Register blocks: rows x 2 vectors of keys, rows x up to so many vectors of values.
 #define QK_ROWS 12
 #define PV_ROWS 6
+#define PV_VECTORS 4
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -23,6 +24,7 @@ ALWAYS_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 ALWAYS_INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
 ALWAYS_INLINE float vf_hsum(vf a) { return _mm512_reduce_add_ps(a); }
+ALWAYS_INLINE float vf_first(vf a) { return _mm512_cvtss_f32(a); }
 ALWAYS_INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 ALWAYS_INLINE vf vf_from_f16(const uint8_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
 ALWAYS_INLINE vf vf_from_i8(const uint8_t *x) {
@@ -41,20 +43,19 @@ ALWAYS_INLINE vf vf_keep(vf a, int32_t first, int32_t end) {
     return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)(below & ~skip), a);
 }
 
-// 2^x for x <= 0, relative error below 2e-7; 0 below -126; NaN stays.
+// 2^x for x <= 0, relative error below 5e-7, exact at 0; 0 below -126; NaN stays.
 ALWAYS_INLINE vf vf_exp2(vf x) {
     const vf magic = vf_set1(0x1.8p23f);
     __mmask16 alive = _mm512_cmp_ps_mask(x, vf_set1(-126), _CMP_NLT_UQ);
     vf n = vf_add(x, magic), f = vf_sub(x, vf_sub(n, magic));
-    vf p = vf_set1(1.535336188319500e-4f);
-    p = vf_fma(p, f, vf_set1(1.339887440266574e-3f));
-    p = vf_fma(p, f, vf_set1(9.618437357674640e-3f));
-    p = vf_fma(p, f, vf_set1(5.550332471162809e-2f));
-    p = vf_fma(p, f, vf_set1(2.402264791363012e-1f));
-    p = vf_fma(p, f, vf_set1(6.931472028550421e-1f));
+    vf p = vf_set1(1.1125507682416e-3f);
+    p = vf_fma(p, f, vf_set1(9.6662825246809e-3f));
+    p = vf_fma(p, f, vf_set1(5.5574004733210e-2f));
+    p = vf_fma(p, f, vf_set1(2.4022350650686e-1f));
+    p = vf_fma(p, f, vf_set1(6.9314283060835e-1f));
     p = vf_fma(p, f, vf_set1(1));
-    vi scaled = _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23));
-    return _mm512_maskz_mov_ps(alive, _mm512_castsi512_ps(scaled));
+    vi exponent = _mm512_slli_epi32(_mm512_castps_si512(n), 23);
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(alive, _mm512_castps_si512(p), exponent));
 }
 
 // Integers, for keys that order as their scores do.

@@ -2,6 +2,7 @@
 use ggml_kernels::contracts::*;
 use ggml_kernels::ops::{Op, Ops, Scratch, run_team};
 use half::f16;
+use memmap2::MmapMut;
 
 /// A small deterministic generator (xorshift64*).
 pub struct Rng(u64);
@@ -62,28 +63,46 @@ pub fn encode(values: &[f32], cache_type: u32) -> (Vec<u8>, Vec<f32>) {
 
 /// Memory of a pool, aligned, with odd strides.
 pub struct Pool {
-    memory: Vec<u64>,
+    memory: MmapMut,
     pub rows: clsa_rows,
 }
 
 impl Pool {
     /// `ring` 0: paged, `units` pages; otherwise `units` rings.
     pub fn new(rng: &mut Rng, cache_type: u32, width: usize, ring: usize, units: usize) -> Self {
-        let bytes = encode(&vec![0.0; width], cache_type).0.len();
-        let row_stride = bytes + 4 * rng.below(5);
+        let row_gap = 4 * rng.below(5);
+        let page_gap = 4 * rng.below(5);
+        Self::with_gaps(cache_type, width, ring, units, row_gap, page_gap)
+    }
+    /// As a cache is laid out in earnest (for benchmarks).
+    #[allow(dead_code)]
+    pub fn tight(cache_type: u32, width: usize, ring: usize, units: usize) -> Self {
+        Self::with_gaps(cache_type, width, ring, units, 0, 0)
+    }
+    fn with_gaps(
+        cache_type: u32,
+        width: usize,
+        ring: usize,
+        units: usize,
+        row_gap: usize,
+        page_gap: usize,
+    ) -> Self {
+        let row_stride = encode(&vec![0.0; width], cache_type).0.len() + row_gap;
         let held = if ring > 0 { ring } else { CLSA_PAGE as usize };
-        let page_stride = held * row_stride + 4 * rng.below(5);
-        // Never written rows hold NaN in every type, so that reading one shows.
-        let mut memory = vec![u64::MAX; (units * page_stride).div_ceil(8)];
+        let page_stride = held * row_stride + page_gap;
+        let mut memory = MmapMut::map_anon((units * page_stride).next_multiple_of(8)).unwrap();
+        #[cfg(target_os = "linux")]
+        memory.advise(memmap2::Advice::HugePage).unwrap();
+        memory.fill(u8::MAX); // rows that were never written hold NaN in every type, so that reading one shows
         let rows = clsa_rows {
-            base: memory.as_mut_ptr().cast(),
+            base: memory.as_mut_ptr(),
             row_stride,
             page_stride,
             type_: cache_type as i32,
             width: width as i32,
             ring: ring as i32,
             reserved: 0,
-            bytes: memory.len() * 8,
+            bytes: memory.len(),
         };
         Self { memory, rows }
     }
@@ -95,20 +114,20 @@ impl Pool {
         let page = batch.tables[slot * batch.stride + pos / CLSA_PAGE as usize] as usize;
         page * r.page_stride + pos % CLSA_PAGE as usize * r.row_stride
     }
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: the vector's own bytes, for as long as it is borrowed.
-        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast(), self.memory.len() * 8) }
-    }
     pub fn read(&mut self, batch: &Batch, slot: usize, pos: usize, bytes: usize) -> Vec<u8> {
         let at = self.at(batch, slot, pos);
-        self.bytes_mut()[at..at + bytes].to_vec()
+        self.memory[at..at + bytes].to_vec()
     }
     /// Stores a row; returns what reading it back gives.
     pub fn write(&mut self, batch: &Batch, slot: usize, pos: usize, values: &[f32]) -> Vec<f32> {
         let (bytes, read) = encode(values, self.rows.type_ as u32);
-        let at = self.at(batch, slot, pos);
-        self.bytes_mut()[at..at + bytes.len()].copy_from_slice(&bytes);
+        self.put(batch, slot, pos, &bytes);
         read
+    }
+    /// Stores the bytes of a row.
+    pub fn put(&mut self, batch: &Batch, slot: usize, pos: usize, bytes: &[u8]) {
+        let at = self.at(batch, slot, pos);
+        self.memory[at..at + bytes.len()].copy_from_slice(bytes);
     }
     /// Fills positions `from..to` of a sequence with random rows; returns them, `[to][width]` with zeros before `from`.
     pub fn fill(&mut self, rng: &mut Rng, batch: &Batch, slot: usize, from: usize, to: usize) -> Vec<f32> {
