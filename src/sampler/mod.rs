@@ -1,6 +1,7 @@
 //! From logits to the next token.
 mod candidates;
 mod constraint;
+mod grammar;
 mod history;
 mod math;
 mod params;
@@ -10,6 +11,7 @@ mod stop;
 mod tests;
 
 pub use constraint::{Constraint, TokenSet};
+pub use grammar::{Grammar, GrammarCompiler};
 pub use params::SamplerParams;
 pub use rng::{Rng, random_seed};
 pub use stop::StopMatcher;
@@ -73,6 +75,9 @@ pub enum Error {
         "no token is left to choose from: every logit is -inf (a grammar or logit biases exclude all tokens)"
     )]
     NothingLeft,
+    /// A grammar cannot be used.
+    #[error("the grammar cannot be used: {0}")]
+    Grammar(String),
     /// A constraint failed.
     #[error("the grammar cannot go on: {0}")]
     Constraint(String),

@@ -20,6 +20,24 @@ fn vocabulary(size: usize) -> Arc<Tokenizer> {
     Arc::new(Tokenizer::from_vocab(&vocab).unwrap())
 }
 
+/// Token 0 is unknown, 1 is `</s>`, which ends an answer; `texts` follow.
+pub(super) fn vocabulary_of(texts: impl Iterator<Item = String>) -> Arc<Tokenizer> {
+    let mut tokens: Vec<String> = vec!["<unk>".into(), "</s>".into()];
+    tokens.extend(texts.map(|t| t.replace(' ', "▁")));
+    let mut types = vec![1; tokens.len()];
+    types[..2].copy_from_slice(&[2, 3]);
+    let vocab = GgmlVocab {
+        model: "llama",
+        scores: Some(vec![0.0; tokens.len()]),
+        types: Some(types),
+        tokens: tokens.iter().map(String::as_str).collect(),
+        add_space_prefix: Some(false),
+        unk: Some(0),
+        ..GgmlVocab::default()
+    };
+    Arc::new(Tokenizer::from_vocab(&vocab).unwrap())
+}
+
 pub(super) fn tokenizer() -> Arc<Tokenizer> {
     static TOKENIZER: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| vocabulary(300));
     TOKENIZER.clone()
