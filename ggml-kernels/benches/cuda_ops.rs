@@ -2,6 +2,8 @@
 //! first, then timed as part of one CUDA graph; bytes (or operations) and the time they need at least stand beside.
 //!
 //! `cargo bench -p ggml-kernels --bench cuda_ops [-- NAME ...]`: only the entries whose names contain one of the words.
+// Without the emulator the target is always a GPU.
+#![allow(irrefutable_let_patterns)]
 #[allow(dead_code)]
 #[path = "../tests/cuda_kernels/harness.rs"]
 mod harness;

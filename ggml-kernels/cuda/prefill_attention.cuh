@@ -1,24 +1,25 @@
-// Attention of many consecutive rows: a flash kernel on tensor cores (mma.sync), K and V tiles of 64 positions double-buffered in
-// shared memory by asynchronous copies.
+// Attention of many consecutive rows: a flash kernel on tensor cores (mma.sync), K and V tiles of 64 positions
+// double-buffered in shared memory by asynchronous copies.
 //
-// The query heads of one KV head are packed into the rows of the tile (row m: token m / group, head m % group), so that a window's
-// edges waste little and K and V are read once per group. Tiles of positions begin at multiples of 64 whatever the batch, so that a
-// row's result does not depend on how a prompt was cut into batches.
+// The query heads of one KV head are packed into the rows of the tile (row m: token m / group, head m % group), so that
+// a window's edges waste little and K and V are read once per group. Tiles of positions begin at multiples of 64
+// whatever the batch, so that a row's result does not depend on how a prompt was cut into batches.
 #pragma once
 #include "attention_cuda.h"
 #include "cache_rows.cuh"
 
 constexpr int PREFILL_THREADS = 256, PREFILL_ROWS = PREFILL_THREADS / 2, PREFILL_KEYS = 64;
 
-// A row of a tile in shared memory is D f16; its 16-byte chunks are permuted so that eight rows' equal chunks lie in eight banks.
+// A row of a tile in shared memory is D f16; its 16-byte chunks are permuted so that eight rows' equal chunks lie in
+// eight banks.
 template <int D> __device__ __forceinline__ uint8_t *tile_chunk(uint8_t *tile, int row, int chunk) {
     return tile + row * D * 2 + (chunk ^ row % 8) * 16;
 }
 
 // Positions at..at+63 of K or V into a tile, zeros outside begin..end.
 template <int TYPE, int D>
-__device__ __forceinline__ void load_tile(uint8_t *tile, const clsa_rows &rows, const uint32_t *table, int slot, int kv, int at, int begin,
-                                          int end) {
+__device__ __forceinline__ void load_tile(uint8_t *tile, const clsa_rows &rows, const uint32_t *table, int slot, int kv,
+                                          int at, int begin, int end) {
     const size_t unit = rows.ring > 0 ? (size_t)slot : (size_t)table[at / CLSA_PAGE];
     const int offset = rows.ring > 0 ? at % rows.ring : at % CLSA_PAGE;
     const uint8_t *base = rows.base + unit * rows.page_stride;
@@ -28,7 +29,8 @@ __device__ __forceinline__ void load_tile(uint8_t *tile, const clsa_rows &rows, 
         const int pos = at + row;
         const bool valid = pos >= begin && pos < end;
         int place = offset + row;
-        if (rows.ring > 0 && place >= rows.ring) place %= rows.ring;
+        if (rows.ring > 0 && place >= rows.ring)
+            place %= rows.ring;
         const uint8_t *from = valid ? base + (size_t)place * rows.row_stride : base;
         uint8_t *to = tile_chunk<D>(tile, row, chunk);
         if constexpr (TYPE == CLSA_F16) {
@@ -49,7 +51,8 @@ template <int D> struct QueryRows {
             float largest = 0;
 #pragma unroll
             for (int i = 0; i < D / 8; ++i) {
-                const float2 x = q[h] == nullptr ? make_float2(0, 0) : *reinterpret_cast<const float2 *>(q[h] + i * 8 + t * 2);
+                const float2 x =
+                    q[h] == nullptr ? make_float2(0, 0) : *reinterpret_cast<const float2 *>(q[h] + i * 8 + t * 2);
                 largest = fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y)));
             }
             largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
@@ -60,7 +63,8 @@ template <int D> struct QueryRows {
             unscale[h] = bits_f32((uint32_t)(127 - shift) << 23);
 #pragma unroll
             for (int i = 0; i < D / 8; ++i) {
-                const float2 x = q[h] == nullptr ? make_float2(0, 0) : *reinterpret_cast<const float2 *>(q[h] + i * 8 + t * 2);
+                const float2 x =
+                    q[h] == nullptr ? make_float2(0, 0) : *reinterpret_cast<const float2 *>(q[h] + i * 8 + t * 2);
                 a[i / 2][i % 2 * 2 + h] = pack_half2(x.x * scale, x.y * scale);
             }
         }
@@ -85,20 +89,23 @@ template <int TK, int TV, int D> __device__ __forceinline__ void attention_prefi
     for (int h = 0; h < 2; ++h) {
         const int m = warp * 16 + g + 8 * h;
         token[h] = first_row + m / group;
-        if (m >= p.tokens * group || token[h] >= end_row) token[h] = -1;
+        if (m >= p.tokens * group || token[h] >= end_row)
+            token[h] = -1;
         head[h] = (size_t)token[h] * op.n_head + kv * group + m % group;
         q[h] = token[h] < 0 ? nullptr : op.q + head[h] * D;
     }
     QueryRows<D> query;
     query.load(q, t);
-    const float factor[2] = {query.unscale[0] * op.scale * 1.4426950408889634f, query.unscale[1] * op.scale * 1.4426950408889634f};
+    const float factor[2] = {query.unscale[0] * op.scale * 1.4426950408889634f,
+                             query.unscale[1] * op.scale * 1.4426950408889634f};
 
     float out[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
     for (int run = first_row; run < end_row;) {
         // Rows of one sequence.
         const int slot = op.batch.slot[run];
         int run_end = run + 1;
-        while (run_end < end_row && op.batch.slot[run_end] == slot) ++run_end;
+        while (run_end < end_row && op.batch.slot[run_end] == slot)
+            ++run_end;
         const uint32_t *table = op.batch.tables + (size_t)slot * op.batch.table_stride;
         const int first_pos = op.batch.pos[run], end = op.batch.pos[run_end - 1] + 1;
         const int begin = op.window > 0 ? max(first_pos + 1 - op.window, 0) : 0;
@@ -146,7 +153,8 @@ template <int TK, int TV, int D> __device__ __forceinline__ void attention_prefi
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int pos = at + j * 8 + 2 * t + i % 2;
-                        if (pos < low[i / 2] || pos >= high[i / 2]) score[j][i] = -INFINITY;
+                        if (pos < low[i / 2] || pos >= high[i / 2])
+                            score[j][i] = -INFINITY;
                     }
                 }
             }
@@ -155,7 +163,8 @@ template <int TK, int TV, int D> __device__ __forceinline__ void attention_prefi
             for (int h = 0; h < 2; ++h) {
                 float largest = -INFINITY;
 #pragma unroll
-                for (int j = 0; j < PREFILL_KEYS / 8; ++j) largest = fmaxf(largest, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
+                for (int j = 0; j < PREFILL_KEYS / 8; ++j)
+                    largest = fmaxf(largest, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
                 largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
                 largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 2));
                 const float before = top[h];
@@ -177,11 +186,13 @@ template <int TK, int TV, int D> __device__ __forceinline__ void attention_prefi
 #pragma unroll
             for (int i = 0; i < D / 8; ++i) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) out[i][j] *= correction[j / 2];
+                for (int j = 0; j < 4; ++j)
+                    out[i][j] *= correction[j / 2];
             }
 #pragma unroll
             for (int j = 0; j < PREFILL_KEYS / 16; ++j) {
-                const uint32_t a[4] = {pack_half2(score[2 * j][0], score[2 * j][1]), pack_half2(score[2 * j][2], score[2 * j][3]),
+                const uint32_t a[4] = {pack_half2(score[2 * j][0], score[2 * j][1]),
+                                       pack_half2(score[2 * j][2], score[2 * j][3]),
                                        pack_half2(score[2 * j + 1][0], score[2 * j + 1][1]),
                                        pack_half2(score[2 * j + 1][2], score[2 * j + 1][3])};
 #pragma unroll
@@ -201,7 +212,8 @@ template <int TK, int TV, int D> __device__ __forceinline__ void attention_prefi
     for (int h = 0; h < 2; ++h) {
         sum[h] += __shfl_xor_sync(CLSA_FULL_WARP, sum[h], 1);
         sum[h] += __shfl_xor_sync(CLSA_FULL_WARP, sum[h], 2);
-        if (token[h] < 0) continue;
+        if (token[h] < 0)
+            continue;
         const float inverse = 1 / sum[h];
         float *to = op.out + head[h] * D + 2 * t;
 #pragma unroll
