@@ -4,32 +4,49 @@
 #include "rope_append.h"
 #include <float.h>
 
+// Turns pair i of x by the angle with cosine c and sine s.
+static __device__ __forceinline__ void turn_pair(float *x, const clsa_rope_append &p, int i, float c, float s) {
+    const int a = p.interleaved ? 2 * i : i, b = p.interleaved ? 2 * i + 1 : i + p.n_rot / 2;
+    const float xa = x[a], xb = x[b];
+    x[a] = xa * c - xb * s;
+    x[b] = xb * c + xa * s;
+}
+
 // x[d] (shared memory of this warp) = the head `in`, normalised when `norm` is not null, turned when `cos` is not.
 static __device__ __forceinline__ void turn_head(float *x, const float *in, const float *norm, const clsa_rope_append &p, const float *cos,
                                                  int row, int lane) {
-    const int d = p.d;
-    float sum = 0;
-    for (int j = lane; j < d; j += 32) {
-        const float v = in[j];
-        x[j] = v;
-        sum = fmaf(v, v, sum);
+    constexpr int HELD = 4; // times 32 values: loaded all at once, the rest one after the other
+    const int d = p.d, half = cos != nullptr ? p.n_rot / 2 : 0;
+    const size_t angles = (size_t)row * half;
+    float v[HELD], weight[HELD], c[HELD / 2], s[HELD / 2], sum = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+        const int j = i * 32 + lane;
+        v[i] = j < d ? in[j] : 0.0f;
+        weight[i] = norm != nullptr && j < d ? norm[j] : 1.0f;
     }
-    if (norm != nullptr) {
-        const float factor = 1 / sqrtf(warp_sum(sum) / (float)d + p.eps);
-        for (int j = lane; j < d; j += 32) x[j] = x[j] * factor * norm[j];
+#pragma unroll
+    for (int i = 0; i < HELD / 2; ++i) {
+        const int j = i * 32 + lane;
+        c[i] = j < half ? cos[angles + j] : 1.0f;
+        s[i] = j < half ? p.sin[angles + j] : 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) sum = fmaf(v[i], v[i], sum);
+    for (int j = HELD * 32 + lane; j < d; j += 32) sum = fmaf(in[j], in[j], sum);
+    const float factor = norm != nullptr ? 1 / sqrtf(warp_sum(sum) / (float)d + p.eps) : 1.0f;
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+        if (i * 32 + lane < d) x[i * 32 + lane] = v[i] * factor * weight[i];
+    }
+    for (int j = HELD * 32 + lane; j < d; j += 32) x[j] = norm != nullptr ? in[j] * factor * norm[j] : in[j];
     __syncwarp();
-    if (cos != nullptr) {
-        // Each lane turns whole pairs, in place.
-        const int half = p.n_rot / 2;
-        for (int i = lane; i < half; i += 32) {
-            const int a = p.interleaved ? 2 * i : i, b = p.interleaved ? 2 * i + 1 : i + half;
-            const float c = cos[(size_t)row * half + i], s = p.sin[(size_t)row * half + i], xa = x[a], xb = x[b];
-            x[a] = xa * c - xb * s;
-            x[b] = xb * c + xa * s;
-        }
-        __syncwarp();
+#pragma unroll
+    for (int i = 0; i < HELD / 2; ++i) {
+        if (i * 32 + lane < half) turn_pair(x, p, i * 32 + lane, c[i], s[i]);
     }
+    for (int i = HELD * 16 + lane; i < half; i += 32) turn_pair(x, p, i, cos[angles + i], p.sin[angles + i]);
+    __syncwarp();
 }
 
 // Stores d values, of which the lane holds in shared memory x[lane], x[lane + 32], ..., as values `at..at + d` of a

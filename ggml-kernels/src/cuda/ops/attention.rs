@@ -10,8 +10,6 @@ const GATHER_THREADS: usize = 256;
 const PREFILL_ROWS: usize = 128;
 const PREFILL_THREADS: usize = 256;
 const PREFILL_KEYS: usize = 64;
-/// Decode blocks that a multiprocessor holds at a time (by their registers).
-const BLOCKS_PER_MULTIPROCESSOR: usize = 1;
 /// Waves of blocks when there are too many rows for one.
 const WAVES: usize = 4;
 
@@ -52,7 +50,7 @@ impl Heads {
     }
     /// Blocks that share the `positions` of each row.
     fn splits(self, on: &impl Executor, rows: usize, positions: usize, fast: bool) -> usize {
-        let (blocks, slots) = (rows * self.blocks(fast), on.multiprocessors() * BLOCKS_PER_MULTIPROCESSOR);
+        let (blocks, slots) = (rows * self.blocks(fast), on.multiprocessors() * resident(self.d));
         let wanted = if blocks * 2 <= slots { slots / blocks } else { slots * WAVES / blocks };
         // A window may begin within a tile: one more.
         let useful = (positions.div_ceil(16) + 1).div_ceil(DECODE_WARPS);
@@ -76,6 +74,11 @@ impl Heads {
             DECODE_WARPS * self.tile(fast) * (self.d + 4) + DECODE_WARPS * CLSA_HEAD_TILE as usize * 2 + 4;
         words * 4
     }
+}
+
+/// Decode blocks that a multiprocessor holds at a time, by their registers.
+fn resident(d: usize) -> usize {
+    if d <= 64 { 2 } else { 1 }
 }
 
 /// Tickets held: one per row and block of heads when positions are split, of which there are at most `WAVES` waves.
@@ -130,7 +133,7 @@ impl DecodeScratch {
     #[must_use]
     pub fn bytes(multiprocessors: usize, n_head: usize, n_kv: usize, d: usize) -> usize {
         // Splits are more than one only while rows * blocks * splits fits the waves; a block has n_head / blocks heads.
-        let row_splits = multiprocessors * BLOCKS_PER_MULTIPROCESSOR * WAVES / n_kv;
+        let row_splits = multiprocessors * resident(d) * WAVES / n_kv;
         TICKETS * 4 + (row_splits * n_head * (d + 2) * 4).next_multiple_of(256) + 512
     }
 
