@@ -38,10 +38,10 @@ build-deps:
 
 ## Build and chat with the bundled model (MODEL=FILE for another); one answer to MESSAGE when there is no terminal
 chat: build
-	@if $(CLSA) chat --help >/dev/null 2>&1 && [ -t 0 ]; then \
+	@if [ -t 0 ]; then \
 	    exec $(CLSA) chat -m "$(MODEL)"; \
 	else \
-	    exec $(CLSA) run -m "$(MODEL)" -n 128 -p "$(MESSAGE)"; \
+	    exec $(CLSA) chat -m "$(MODEL)" --single-turn -n 256 -p "$(MESSAGE)"; \
 	fi
 
 ## Run every test but the slow ones
