@@ -13,8 +13,8 @@ static __device__ __forceinline__ void turn_pair(float *x, const clsa_rope_appen
 }
 
 // x[d] (shared memory of this warp) = the head `in`, normalised when `norm` is not null, turned when `cos` is not.
-static __device__ __forceinline__ void turn_head(float *x, const float *in, const float *norm, const clsa_rope_append &p, const float *cos,
-                                                 int row, int lane) {
+static __device__ __forceinline__ void turn_head(float *x, const float *in, const float *norm,
+                                                 const clsa_rope_append &p, const float *cos, int row, int lane) {
     constexpr int HELD = 4; // times 32 values: loaded all at once, the rest one after the other
     const int d = p.d, half = cos != nullptr ? p.n_rot / 2 : 0;
     const size_t angles = (size_t)row * half;
@@ -32,20 +32,26 @@ static __device__ __forceinline__ void turn_head(float *x, const float *in, cons
         s[i] = j < half ? p.sin[angles + j] : 0.0f;
     }
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) sum = fmaf(v[i], v[i], sum);
-    for (int j = HELD * 32 + lane; j < d; j += 32) sum = fmaf(in[j], in[j], sum);
+    for (int i = 0; i < HELD; ++i)
+        sum = fmaf(v[i], v[i], sum);
+    for (int j = HELD * 32 + lane; j < d; j += 32)
+        sum = fmaf(in[j], in[j], sum);
     const float factor = norm != nullptr ? 1 / sqrtf(warp_sum(sum) / (float)d + p.eps) : 1.0f;
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
-        if (i * 32 + lane < d) x[i * 32 + lane] = v[i] * factor * weight[i];
+        if (i * 32 + lane < d)
+            x[i * 32 + lane] = v[i] * factor * weight[i];
     }
-    for (int j = HELD * 32 + lane; j < d; j += 32) x[j] = norm != nullptr ? in[j] * factor * norm[j] : in[j];
+    for (int j = HELD * 32 + lane; j < d; j += 32)
+        x[j] = norm != nullptr ? in[j] * factor * norm[j] : in[j];
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < HELD / 2; ++i) {
-        if (i * 32 + lane < half) turn_pair(x, p, i * 32 + lane, c[i], s[i]);
+        if (i * 32 + lane < half)
+            turn_pair(x, p, i * 32 + lane, c[i], s[i]);
     }
-    for (int i = HELD * 16 + lane; i < half; i += 32) turn_pair(x, p, i, cos[angles + i], p.sin[angles + i]);
+    for (int i = HELD * 16 + lane; i < half; i += 32)
+        turn_pair(x, p, i, cos[angles + i], p.sin[angles + i]);
     __syncwarp();
 }
 
@@ -67,4 +73,3 @@ static __device__ __forceinline__ void store_head(uint8_t *row, int type, int at
         }
     }
 }
-

@@ -256,9 +256,17 @@ struct SelectShared {
 
 static_assert(sizeof(SelectShared) <= CLSA_ROUTE_SELECT_SHARED, "what the launch asks for");
 
+// Where marks go: a bitmap of its own in shared memory (in place of the bins) when it fits, else the row's.
+__device__ __forceinline__ uint32_t *marks_of(SelectShared &s, uint32_t *bitmap, bool in_shared) {
+    __syncthreads();
+    if (in_shared)
+        zero_histogram(s.bins, BINS);
+    return in_shared ? s.bins : bitmap;
+}
+
 // Marks the `need` best of the n candidates in the bitmap.
 __device__ __forceinline__ void mark_candidates(SelectShared &s, const uint64_t *candidates, uint32_t n, uint32_t need,
-                                                uint32_t *bitmap) {
+                                                uint32_t *bitmap, bool in_shared) {
     for (uint32_t i = threadIdx.x; i < n; i += SELECT_THREADS)
         s.candidates[i] = load_l2(&candidates[i]);
     // From the high bits down: the bits of a score below its bin, then those of the position. `floor` is the least that
@@ -289,17 +297,18 @@ __device__ __forceinline__ void mark_candidates(SelectShared &s, const uint64_t 
         if (need == pivot.inside)
             break;
     }
+    uint32_t *marks = marks_of(s, bitmap, in_shared);
     for (uint32_t i = threadIdx.x; i < n; i += SELECT_THREADS) {
         const uint64_t c = s.candidates[i];
         const uint32_t unit = ~(uint32_t)c;
         if (c >= floor)
-            atomicOr(&bitmap[unit / 32], 1u << unit % 32);
+            atomicOr(&marks[unit / 32], 1u << unit % 32);
     }
 }
 
 // The same when the bin holds more than fits: over the row's scores themselves.
 __device__ __forceinline__ void mark_many(SelectShared &s, const uint32_t *keys, int n, uint32_t bin, uint32_t need,
-                                          uint32_t *bitmap) {
+                                          uint32_t *bitmap, bool in_shared) {
     uint32_t prefix = bin;
     int known = BIN_SHIFT;
     bool whole = false;
@@ -325,6 +334,7 @@ __device__ __forceinline__ void mark_many(SelectShared &s, const uint32_t *keys,
         whole = need == pivot.inside;
     }
     // Scores of the bin above `prefix` are taken, and of those equal to it the first `need`.
+    uint32_t *all_marks = marks_of(s, bitmap, in_shared);
     uint32_t taken = 0;
     for (int start = 0; start < n; start += 4 * SELECT_THREADS) {
         const int i = start + 4 * threadIdx.x;
@@ -350,22 +360,27 @@ __device__ __forceinline__ void mark_many(SelectShared &s, const uint32_t *keys,
                 marks |= 1u << j;
         }
         if (marks != 0)
-            atomicOr(&bitmap[i / 32], marks << i % 32);
+            atomicOr(&all_marks[i / 32], marks << i % 32);
         taken += total;
     }
 }
 
-// The marked units, ascending, as positions.
-__device__ __forceinline__ void extract(SelectShared &s, const uint32_t *bitmap, const Units &units, uint32_t *selected,
-                                        int32_t *count) {
+// The marked units, ascending, as positions. `early`: the thread's first words of the bitmap, to which those in shared
+// memory are added.
+__device__ __forceinline__ void extract(SelectShared &s, const uint32_t *bitmap, bool in_shared, uint4 early,
+                                        const Units &units, uint32_t *selected, int32_t *count) {
     const int words = (units.n + 31) / 32;
     uint32_t base = 0;
     for (int start = 0; start < words; start += 4 * SELECT_THREADS) {
         const int at = start + 4 * threadIdx.x;
-        uint32_t word[4] = {};
+        uint32_t word[4] = {early.x, early.y, early.z, early.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            if (at + i < words)
+            if (at + i >= words)
+                word[i] = 0;
+            else if (in_shared)
+                word[i] |= s.bins[at + i];
+            else
                 word[i] = load_l2(&bitmap[at + i]);
         }
         uint32_t total;
@@ -397,6 +412,14 @@ __device__ __forceinline__ void route_select_body(const clsa_route_cuda &p) {
     SelectShared &s = *reinterpret_cast<SelectShared *>(shared);
     grid_begin();
     const int row = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const bool pooled = p.op.block > 1;
+    const int room = pooled ? p.max_positions / 2 : p.max_positions;
+    const uint32_t *keys = (pooled ? p.pooled : p.scores) + (size_t)row * room;
+    uint32_t *histogram = p.histogram + (size_t)row * BINS;
+    // Loaded before anything says whether they are needed.
+    const int first_word = warp * gridDim.x + blockIdx.x;
+    const uint32_t first_key = first_word * 32 < room ? keys[first_word * 32 + lane] : 0;
+    const uint4 counts = *reinterpret_cast<const uint4 *>(&histogram[BINS - 4 - 4 * threadIdx.x]);
     const Units units(p.op, p.first_row + row);
     uint32_t *selected = p.op.selected + (size_t)(p.first_row + row) * p.op.n_columns;
     int32_t *count = p.op.count + p.first_row + row;
@@ -407,21 +430,17 @@ __device__ __forceinline__ void route_select_body(const clsa_route_cuda &p) {
             *count = units.positions;
         return;
     }
-    const uint32_t *keys =
-        units.size > 1 ? p.pooled + (size_t)row * (p.max_positions / 2) : p.scores + (size_t)row * p.max_positions;
-    uint32_t *histogram = p.histogram + (size_t)row * BINS;
     uint32_t *bitmap = p.bitmap + (size_t)row * (p.max_positions / 32);
     uint64_t *candidates = p.candidates + (size_t)row * CANDIDATES;
     clsa_route_state *state = p.state + row;
 
-    const uint4 counts = *reinterpret_cast<const uint4 *>(&histogram[BINS - 4 - 4 * threadIdx.x]);
     const Pivot pivot = find_pivot(counts, BINS, units.k, s.sums, &s.pivot);
     const uint32_t need = units.k - pivot.above;
     const bool whole = need == pivot.inside, fits = pivot.inside <= CANDIDATES;
     const int words = (units.n + 31) / 32;
-    for (int w = warp * gridDim.x + blockIdx.x; w < words; w += gridDim.x * (SELECT_THREADS / 32)) {
+    for (int w = first_word; w < words; w += gridDim.x * (SELECT_THREADS / 32)) {
         const int unit = w * 32 + lane;
-        const uint32_t key = unit < units.n ? keys[unit] : 0, bin = key >> BIN_SHIFT;
+        const uint32_t key = w == first_word ? first_key : unit < units.n ? keys[unit] : 0, bin = key >> BIN_SHIFT;
         const uint32_t marks =
             __ballot_sync(CLSA_FULL_WARP, unit < units.n && (bin > pivot.bin || (whole && bin == pivot.bin)));
         if (lane == 0)
@@ -441,16 +460,22 @@ __device__ __forceinline__ void route_select_body(const clsa_route_cuda &p) {
     }
     if (!last_block(&state->ticket, gridDim.x, &s.flag))
         return;
-    if (!whole && fits)
-        mark_candidates(s, candidates, pivot.inside, need, bitmap);
-    if (!whole && !fits)
-        mark_many(s, keys, units.n, pivot.bin, need, bitmap);
-    __syncthreads(); // every mark is made, s.flag was read
+    const bool in_shared = words <= BINS;
+    uint4 early = make_uint4(0, 0, 0, 0);
+    if (in_shared && 4 * (int)threadIdx.x < words)
+        early = load_l2(reinterpret_cast<const uint4 *>(&bitmap[4 * threadIdx.x]));
+    if (whole)
+        marks_of(s, bitmap, in_shared);
+    else if (fits)
+        mark_candidates(s, candidates, pivot.inside, need, bitmap, in_shared);
+    else
+        mark_many(s, keys, units.n, pivot.bin, need, bitmap, in_shared);
     if (threadIdx.x == 0)
         s.flag = 0;
-    __threadfence();
-    __syncthreads();
-    extract(s, bitmap, units, selected, count);
+    if (!in_shared)
+        __threadfence();
+    __syncthreads(); // every mark is made
+    extract(s, bitmap, in_shared, early, units, selected, count);
     *reinterpret_cast<uint4 *>(&histogram[4 * threadIdx.x]) = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0)
         state->n_candidates = 0;

@@ -231,6 +231,16 @@ fn narrow_scores_overflow_the_candidates() {
 }
 
 #[test]
+fn long_sequences_do_not_fit_shared_memory() {
+    on_each_target(|target| {
+        let score = |pos: usize| ((pos * 7919) % 65_537) as f32 - 300.0;
+        Case::decode(CLSA_F32, 16, 100, &[132_000]).check(target, true, scored(16, score), unit_query(16));
+        let few = |pos: usize| (pos % 3) as f32;
+        Case::decode(CLSA_F32, 16, 50_000, &[132_000]).check(target, true, scored(16, few), unit_query(16));
+    });
+}
+
+#[test]
 fn zeros_infinities_and_nan_have_their_order() {
     on_each_target(|target| {
         let score = |pos: usize| match pos % 7 {

@@ -323,7 +323,8 @@ impl Gathered {
             format!("gather: {} rows of {} columns in {} bytes", op.batch.n_rows, op.n_columns, self.bytes)
         })?;
         let (k_type, v_type) = (gathered_type(op.k.type_), gathered_type(op.v.type_));
-        let values = (op.batch.n_rows * op.n_columns * op.n_kv * op.d) as usize;
+        let values =
+            [op.batch.n_rows, op.n_columns, op.n_kv, op.d].into_iter().map(|n| n as usize).product::<usize>();
         let mut carver = Carver::new(self.base);
         Ok(clsa_gather_cuda {
             op: *op,
