@@ -15,7 +15,8 @@ use serde_json::json;
 
 fn model(dir: &Path, preset: &str, seed: u64) -> Model {
     let path = dir.join(format!("{preset}-{seed}.gguf"));
-    let plan = Plan::new(synth::model(preset, seed).unwrap(), &Recipe::new(Mix::F32), None).unwrap();
+    let mix = if preset.ends_with("-4b") { "Q4_K_M".parse().unwrap() } else { Mix::F32 };
+    let plan = Plan::new(synth::model(preset, seed).unwrap(), &Recipe::new(mix), None).unwrap();
     let options = clsa_convert::Options { threads: 2, abort: None, progress: &|_| () };
     plan.write(&path, &options).unwrap();
     Model::open(&path).unwrap()
@@ -208,4 +209,48 @@ fn saving_is_atomic() {
     assert!(matches!(s.save(&dir.path().join("no/such/folder"), &id, json!(null)), Err(Error::Io { .. })));
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 2, "the model and the session: {left:?}");
+}
+
+/// Sizes and times at a depth, printed; the fast sibling of the slow test below.
+fn save_and_load(model: &Model, dir: &Path, len: usize) -> std::time::Duration {
+    use std::time::Instant;
+    let options = Options { context: len + 64, ..Options::default() };
+    let mut s = session(model, &options);
+    s.fill_random(len, 1).unwrap();
+    let (path, id) = (dir.join("depth.session"), identity(&s));
+    let started = Instant::now();
+    let size = s.save(&path, &id, json!(null)).unwrap();
+    let saved = started.elapsed();
+    drop(s);
+    let mut s = session(model, &options);
+    let started = Instant::now();
+    let file = SessionFile::open(&path).unwrap();
+    let checked = started.elapsed();
+    s.load(&file, &id).unwrap();
+    let loaded = started.elapsed();
+    assert_eq!(s.engine().len(s.seq()), len);
+    println!(
+        "{len} positions (random rows): {size} bytes, saved in {saved:.2?}, loaded in {loaded:.2?} (checksums {checked:.2?})"
+    );
+    loaded
+}
+
+#[test]
+fn a_session_filled_for_timing_is_saved_and_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    save_and_load(&model(dir.path(), "clsa-tiny", 1), dir.path(), 5000);
+}
+
+#[test]
+#[ignore = "slow: needs the 4B shape (CLSA_4B_MODEL, or made here: 1.7 GB)"]
+fn a_128k_session_of_the_4b_shape_is_ready_within_a_second() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = match std::env::var_os("CLSA_4B_MODEL") {
+        Some(path) => Model::open(Path::new(&path)).unwrap(),
+        None => model(dir.path(), "clsa-4b", 1),
+    };
+    for len in [32_768, 131_072] {
+        let loaded = save_and_load(&model, dir.path(), len);
+        assert!(loaded.as_secs_f64() < 1.0, "{loaded:?}");
+    }
 }

@@ -245,7 +245,7 @@ impl Talk {
         let (mut early, started) = (0, Instant::now());
         // A checkpoint before the last message's own text, where much stands before it, lets it be edited at no cost.
         if rendered.edge > self.session.common_prefix(&rendered.tokens) + MUCH && made == 0 {
-            let total = rendered.tokens.len();
+            let total = rendered.tokens.len() - self.session.common_prefix(&rendered.tokens);
             let synced = self.session.sync(&rendered.tokens[..rendered.edge], |done, _| {
                 generate::Listener::prompt(&mut hearing, done, total)
             });

@@ -196,6 +196,17 @@ impl Session {
         Ok(())
     }
 
+    /// Makes an empty session hold `len` positions of random cache rows, without running the model: for timing at depth.
+    ///
+    /// # Errors
+    /// As [`Engine::import`].
+    pub fn fill_random(&mut self, len: usize, seed: u64) -> Result<()> {
+        self.engine.fill_random(self.seq, len, seed)?;
+        let vocab = self.engine.model().config.vocab;
+        self.tokens = (0..len).map(|i| (i % vocab) as u32).collect();
+        Ok(())
+    }
+
     /// What logits depend on beside the cache.
     fn routing(&self) -> String {
         let (routing, top_k) = self.engine.routing();
