@@ -7,6 +7,7 @@
 //!                                                    -> sampler -> terminal
 //! ```
 pub mod backend;
+pub mod batch;
 pub mod bench;
 pub mod cache;
 pub mod chat;

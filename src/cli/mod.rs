@@ -1,4 +1,5 @@
 //! The command line: one module per subcommand, each with its arguments and `run`.
+pub mod batch;
 pub mod bench;
 pub mod chat;
 pub mod completions;
@@ -67,6 +68,8 @@ pub enum Command {
     Synth(synth::SynthArgs),
     /// Answer one prompt
     Run(Box<run::RunArgs>),
+    /// Do a file of jobs, many at a time
+    Batch(Box<batch::BatchArgs>),
     /// Measure what quantization, sparsity and length cost
     Eval(eval::EvalArgs),
     /// Show what is in a GGUF file
@@ -93,6 +96,7 @@ impl Command {
             Self::Quantize(args) => quantize::run(&args),
             Self::Synth(args) => synth::run(&args),
             Self::Run(args) => run::run(&args),
+            Self::Batch(args) => batch::run(&args),
             Self::Eval(args) => eval::run(&args),
             Self::Inspect(args) => inspect::run(&args),
             Self::Verify(args) => verify::run(&args),

@@ -52,7 +52,7 @@ impl Args for SamplingArgs {
                 .allow_hyphen_values(true)
                 .help_heading("Sampling");
             arg = match *name {
-                "temperature" => arg.visible_alias("temp"),
+                "temp" => arg.visible_alias("temperature"),
                 "seed" => arg.short('s'),
                 _ => arg,
             };
