@@ -289,7 +289,7 @@ mod tests {
             (r#"{"id": "a", "prompt": "x", "messages": []}"#, "a", "either"),
             (r#"{"id": "a", "prompt": ""}"#, "a", "empty"),
             (r#"{"id": "a", "prompt": "x", "colour": 1}"#, "a", "colour"),
-            (r#"{"id": "a", "prompt": "x", "params": {"temperature": -1}}"#, "a", "temperature"),
+            (r#"{"id": "a", "prompt": "x", "params": {"temperature": -1}}"#, "a", "temp"),
             (r#"{"id": "a", "prompt": "x", "documents": ["gone.txt"]}"#, "a", "/nonexistent/gone.txt"),
             (r#"{"custom_id": "a", "body": {"messages": [], "n": 2}}"#, "a", "not 1"),
             (
