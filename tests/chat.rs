@@ -65,10 +65,11 @@ fn two_turns_reuse_what_is_cached_and_history_survives_a_restart() {
 #[test]
 fn ctrl_c_keeps_what_was_said_and_twice_at_the_prompt_leaves() {
     let home = Home::new();
-    let mut chat = home.chat(&["--ignore-eos", "-c", "8192"]);
+    // A fast machine says thousands of tokens until it is stopped, and they are more when they are read again.
+    let mut chat = home.chat(&["--ignore-eos", "-c", "65536"]);
     chat.send("Tell me a long story.\r");
     chat.expect(pty::EDITED);
-    std::thread::sleep(Duration::from_millis(1500));
+    std::thread::sleep(Duration::from_millis(500));
     chat.send("\x03");
     let (answer, line) = chat.answer();
     assert!(line.contains("(stopped)"), "{line}");
