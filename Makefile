@@ -79,7 +79,7 @@ bench-smoke: build-deps
 
 ## Time every GPU kernel against its limit; results are checked first
 bench-gpu: build-deps
-	$(CARGO) bench -p ggml-kernels --bench cuda_ops $(CARGO_FLAGS)
+	$(CARGO) bench -p ggml-kernels --bench cuda_matmul --bench cuda_ops $(CARGO_FLAGS)
 
 ## Format Rust, C and CUDA sources
 format:

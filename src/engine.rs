@@ -62,7 +62,7 @@ impl Options {
     #[must_use]
     pub fn cache_spec(&self) -> CacheSpec {
         let pages_per_slot = self.context.div_ceil(PAGE);
-        let total = self.total_positions.unwrap_or(self.context * self.n_seq);
+        let total = self.total_positions.unwrap_or(pages_per_slot * PAGE * self.n_seq);
         CacheSpec {
             n_slots: self.n_seq,
             n_pages: total.div_ceil(PAGE).max(pages_per_slot),

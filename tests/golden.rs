@@ -182,9 +182,26 @@ fn ggml_follows_the_equations_in_ragged_chunks() {
 }
 
 #[test]
+fn cuda_follows_the_equations() {
+    if let Some(_gpu) = gpu() {
+        follows_the_equations(Device::Cuda, 512, 1e-3);
+    }
+}
+
+#[test]
+fn cuda_follows_the_equations_in_ragged_chunks() {
+    if let Some(_gpu) = gpu() {
+        follows_the_equations(Device::Cuda, 37, 1e-3);
+    }
+}
+
+#[test]
 fn a_layer_that_repeats_the_routing_selects_the_same() {
     let file = convert(&golden_dir("yoco-clsa"), "F32");
-    for device in [Device::Reference, Device::Ggml] {
+    let gpu = gpu();
+    let cuda = gpu.as_ref().map(|_| Device::Cuda);
+    let devices = [Device::Reference, Device::Ggml].into_iter().chain(cuda);
+    for device in devices {
         for case in golden("yoco-clsa").cases.into_iter().filter(|c| c.mode == "clsa") {
             for mode in ["per-layer", "every-2", "every-4"] {
                 let mut engine = engine(&file.open(), device, &options(mode));

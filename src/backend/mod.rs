@@ -3,6 +3,7 @@
 //! A backend owns the weights and caches on its device and the residual stream `x` of the batch in hand. The forward pass
 //! ([`crate::model::forward`]) calls the verbs in the order of the equations; a backend may run each at once, or record them and
 //! run everything in [`Backend::finish`].
+pub mod cuda;
 pub mod ggml;
 pub mod reference;
 

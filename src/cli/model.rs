@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicBool;
 use clap::{Args, ValueEnum};
 
 use super::{human_bytes, threads_from};
-use crate::backend::{Backend, Routing, ggml::Ggml, reference::Reference};
-use crate::cache::CacheType;
+use crate::backend::{Backend, Routing, cuda::Cuda, ggml::Ggml, reference::Reference};
+use crate::cache::{CacheSpec, CacheType};
 use crate::engine::{Engine, Options};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -23,8 +23,8 @@ pub struct ModelArgs {
     /// Positions of the context (-c); 0: the model's own, or what fits
     #[arg(short = 'c', long, env = "CLSA_CTX_SIZE", value_name = "N", default_value_t = 0)]
     pub ctx_size: usize,
-    /// Rows of a micro-batch in prompt processing (-ub)
-    #[arg(long, env = "CLSA_UBATCH_SIZE", value_name = "N", default_value_t = 512)]
+    /// Rows of a micro-batch in prompt processing (-ub); 0: 512, on a GPU 4096
+    #[arg(long, env = "CLSA_UBATCH_SIZE", value_name = "N", default_value_t = 0)]
     pub ubatch_size: usize,
     /// Threads (-t); 0: one for each core
     #[arg(short, long, env = "CLSA_THREADS", value_name = "N", default_value_t = 0, value_parser = threads_from(0))]
@@ -78,6 +78,8 @@ pub enum Device {
     Auto,
     /// This machine's cores
     Cpu,
+    /// An NVIDIA GPU
+    Cuda,
     /// The slow, plain f32 oracle (f32 caches only)
     Reference,
 }
@@ -110,6 +112,17 @@ impl ModelArgs {
         }
     }
 
+    /// Rows of a micro-batch.
+    fn micro_batch(&self) -> usize {
+        let gpu = || crate::backend::cuda::availability().is_ok();
+        match (self.ubatch_size, self.device) {
+            (0, Device::Cuda) => 4096,
+            (0, Device::Auto) if gpu() => 4096,
+            (0, _) => 512,
+            (n, _) => n.clamp(1, 8192),
+        }
+    }
+
     /// What to size an engine for; `n_seq` sequences.
     #[must_use]
     pub fn options(&self, model: &Model, n_seq: usize) -> Options {
@@ -117,7 +130,7 @@ impl ModelArgs {
         let mut options = Options {
             context: self.ctx_size,
             n_seq,
-            max_rows: self.ubatch_size.clamp(1, 8192),
+            max_rows: self.micro_batch(),
             k: self.cache_type_k.into(),
             v: self.cache_type_v.into(),
             index,
@@ -145,19 +158,19 @@ impl ModelArgs {
     /// What the backend reports; [`Error::Memory`] before anything is allocated when the caches do not fit.
     pub fn engine(&self, model: &Model, options: &Options, interrupt: Arc<AtomicBool>) -> Result<Engine> {
         let spec = options.cache_spec();
-        let (needed, free) = (placement::cache_bytes(&model.config, &spec), placement::free_memory());
-        if needed > free {
-            return Err(Error::Memory {
-                what: format!("the cache of {} x {} positions", spec.n_slots, options.context),
-                needed,
-                free,
-                remedy: "lower -c, or use -ctk q8_0 -ctv q8_0".into(),
-            });
-        }
+        let free = placement::free_memory();
         let backend: Box<dyn Backend> = match self.device {
-            Device::Auto | Device::Cpu => {
-                Box::new(Ggml::new(model.clone(), spec, self.threads(), Arc::clone(&interrupt))?)
-            }
+            Device::Cuda => Box::new(Cuda::new(model.clone(), spec, 0)?),
+            Device::Auto => match Cuda::new(model.clone(), spec, 0) {
+                Ok(cuda) => Box::new(cuda),
+                Err(reason) => {
+                    if self.verbose || crate::backend::cuda::availability().is_ok() {
+                        eprintln!("running on the CPU: {reason}");
+                    }
+                    self.on_cpu(model, spec, free, &interrupt)?
+                }
+            },
+            Device::Cpu => self.on_cpu(model, spec, free, &interrupt)?,
             Device::Reference => Box::new(Reference::new(model.clone(), spec)?),
         };
         let mut engine = Engine::new(model.clone(), backend, options)?;
@@ -166,6 +179,25 @@ impl ModelArgs {
             report(&engine, free);
         }
         Ok(engine)
+    }
+
+    fn on_cpu(
+        &self,
+        model: &Model,
+        spec: CacheSpec,
+        free: u64,
+        interrupt: &Arc<AtomicBool>,
+    ) -> Result<Box<dyn Backend>> {
+        let needed = placement::cache_bytes(&model.config, &spec);
+        if needed > free {
+            return Err(Error::Memory {
+                what: format!("the cache of {} pages and {} windows", spec.n_pages, spec.n_slots),
+                needed,
+                free,
+                remedy: "lower -c, or use -ctk q8_0 -ctv q8_0".into(),
+            });
+        }
+        Ok(Box::new(Ggml::new(model.clone(), spec, self.threads(), Arc::clone(interrupt))?))
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use clsa::backend::{Backend, ggml::Ggml, reference::Reference};
+use clsa::backend::{Backend, cuda::Cuda, ggml::Ggml, reference::Reference};
 use clsa::cache::CacheType;
 use clsa::engine::{Engine, Options, Row, SeqId};
 use clsa::model::Model;
@@ -64,6 +64,24 @@ pub fn synth(preset: &str, mix: &str, seed: u64) -> TempModel {
 pub enum Device {
     Reference,
     Ggml,
+    Cuda,
+}
+
+/// Holds the GPU for one test at a time: a recording must not meet another engine's allocations.
+pub struct Gpu {
+    _turn: std::sync::MutexGuard<'static, ()>,
+}
+
+/// The GPU, or `None` with the reason on stderr.
+pub fn gpu() -> Option<Gpu> {
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    match clsa::backend::cuda::availability() {
+        Ok(()) => Some(Gpu { _turn: TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner) }),
+        Err(reason) => {
+            eprintln!("skipped: {reason}");
+            None
+        }
+    }
 }
 
 /// Everything in f32, so that two backends can be told apart from two roundings.
@@ -80,6 +98,7 @@ pub fn f32_options() -> Options {
 pub fn engine(model: &Model, device: Device, options: &Options) -> Engine {
     let spec = options.cache_spec();
     let backend: Box<dyn Backend> = match device {
+        Device::Cuda => Box::new(Cuda::new(model.clone(), spec, 0).expect("the GPU backend")),
         Device::Reference => Box::new(Reference::new(model.clone(), spec).expect("the reference")),
         Device::Ggml => Box::new(
             Ggml::new(model.clone(), spec, 2, Arc::new(AtomicBool::new(false))).expect("the CPU backend"),

@@ -69,8 +69,11 @@ impl<T: Pod> Buffer<T> {
     pub fn write(&mut self, start: usize, values: &[T]) -> Result<()> {
         let to = self.check(start, values.len())?;
         self.device.bind()?;
-        // SAFETY: the range was checked, and the call returns after the source was read.
-        unsafe { driver!(cuMemcpyHtoD_v2(to, values.as_ptr().cast(), size_of_val(values))) }
+        // SAFETY: the range was checked, and the first call returns after the source was read; the second waits until it has arrived.
+        unsafe {
+            driver!(cuMemcpyHtoD_v2(to, values.as_ptr().cast(), size_of_val(values)))?;
+            driver!(cuStreamSynchronize(std::ptr::null_mut()))
+        }
     }
     /// Copies from `start..` into `values`, and waits.
     pub fn read(&self, start: usize, values: &mut [T]) -> Result<()> {
@@ -188,9 +191,9 @@ impl<T: Pod> DerefMut for Pinned<T> {
 }
 impl<T: Pod> Drop for Pinned<T> {
     fn drop(&mut self) {
-        // SAFETY: allocated by `Device::pinned`; copies in flight end before the memory goes.
+        // SAFETY: allocated by `Device::pinned`; the driver lets copies in flight end before the memory goes.
         unsafe {
-            let _ = self.device.synchronize();
+            let _ = self.device.bind();
             let _ = cu::cuMemFreeHost(self.values.cast());
         }
     }
@@ -226,7 +229,10 @@ impl Device {
         let buffer = self.alloc(len)?;
         if len > 0 {
             // SAFETY: the range is the whole buffer.
-            unsafe { driver!(cuMemsetD8_v2(buffer.address, 0, buffer.bytes())) }?;
+            unsafe {
+                driver!(cuMemsetD8_v2(buffer.address, 0, buffer.bytes()))?;
+                driver!(cuStreamSynchronize(std::ptr::null_mut()))?;
+            }
         }
         Ok(buffer)
     }

@@ -186,6 +186,7 @@ impl Device {
         if let Some(&handle) = modules.functions.get(name) {
             return Ok(found(handle));
         }
+        // All at once: a recording must not meet a file that is not loaded.
         while modules.loaded.len() < FATBINS.len() {
             let (_, image) = FATBINS[modules.loaded.len()];
             let mut module = std::ptr::null_mut();

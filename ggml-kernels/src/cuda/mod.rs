@@ -2,13 +2,17 @@
 //!
 //! The kernels of `cuda/*.cu` are embedded as fat binaries ([`FATBINS`]); a [`Device`] loads them on first use. Every foreign
 //! handle is a newtype that frees it on drop.
+pub mod blas;
 mod buffer;
 mod device;
+pub mod matmul;
+mod matrix;
 pub mod ops;
 mod stream;
 
 pub use buffer::{Buffer, Pinned, Pod};
 pub use device::{Device, Function, availability};
+pub use matrix::{Matrix, Uploader, matrix_bytes, weight_scale};
 pub use stream::{Arguments, Event, Graph, Launch, Stream};
 
 use cudarc::driver::sys as cu;
