@@ -11,7 +11,6 @@ use ggml_kernels::contracts::*;
 use ggml_kernels::limits::{self, Limits};
 use ggml_kernels::ops::{Op, Ops, Scratch};
 use ggml_kernels::simd::Level;
-use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
@@ -28,13 +27,28 @@ impl Gate {
     }
 }
 
-/// Median seconds of `work(rep, ith)` run by a standing team.
-fn time_team(nth: usize, reps: usize, work: impl Fn(usize, usize) + Sync) -> f64 {
+/// Binds this thread to a core: two spinning threads on one core would wait for each other.
+fn bind(ith: usize) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: plain calls on a local set of this thread's own.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(ith, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = ith;
+}
+
+/// Seconds of each `work(rep, ith)` run by a standing team.
+fn time_team(nth: usize, reps: usize, work: impl Fn(usize, usize) + Sync) -> Vec<f64> {
     let gate = Gate(AtomicUsize::new(0), nth);
-    let mut times = std::thread::scope(|scope| {
+    bind(0);
+    std::thread::scope(|scope| {
         for ith in 1..nth {
             let (gate, work) = (&gate, &work);
             scope.spawn(move || {
+                bind(ith);
                 for rep in 0..reps {
                     gate.pass();
                     work(rep, ith);
@@ -50,26 +64,38 @@ fn time_team(nth: usize, reps: usize, work: impl Fn(usize, usize) + Sync) -> f64
                 gate.pass();
                 start.elapsed().as_secs_f64()
             })
-            .collect::<Vec<_>>()
-    });
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+            .collect()
+    })
+}
+
+fn median(mut x: Vec<f64>) -> f64 {
+    x.sort_by(f64::total_cmp);
+    x[x.len() / 2]
 }
 
 struct Shared<'a, P>(&'a [P]);
 // SAFETY: the kernels share the structs by the rules of include/clsa.h.
 unsafe impl<P> Sync for Shared<'_, P> {}
 
-/// Median seconds of an op; repetition i takes `p[i % p.len()]`.
-fn time<P: Op>(ops: &Ops, p: &[P], nth: usize, reps: usize) -> f64 {
+/// Median seconds of an op, and of plain reads of `memory` taken in turns with it; repetition i takes `p[i % p.len()]` and the
+/// memory half the list away, which no cache holds any more.
+fn time<P: Op>(ops: &Ops, p: &[P], memory: &[&[u8]], nth: usize, reps: usize) -> (f64, f64) {
     p.iter().for_each(|p| p.check().unwrap());
     let scratch = Scratch::new(p.iter().map(|p| p.scratch_bytes(nth)).max().unwrap());
     let shared = Shared(p);
-    // SAFETY: the pointers of the structs outlive this call, with the stated shapes.
-    time_team(nth, reps, |rep, ith| unsafe {
-        let shared = &shared;
-        ops.run(&shared.0[rep % shared.0.len()], ith, nth, &scratch);
-    })
+    let turns = if memory.is_empty() { 1 } else { 2 };
+    let times = time_team(nth, reps * turns, |turn, ith| {
+        let (rep, shared) = (turn / turns, &shared);
+        if turn % turns == 1 {
+            let all = memory[(rep + memory.len() / 2) % memory.len()];
+            limits::read(ops.level, &all[all.len() / nth * ith..all.len() / nth * (ith + 1)]);
+        } else {
+            // SAFETY: the pointers of the structs outlive this call, with the stated shapes.
+            unsafe { ops.run(&shared.0[rep % shared.0.len()], ith, nth, &scratch) };
+        }
+    });
+    let every = |first: usize| median(times.iter().copied().skip(first).step_by(turns).collect());
+    (every(0), every(turns - 1))
 }
 
 /// What a kernel is held against.
@@ -91,14 +117,27 @@ impl Bench {
         name.contains(&self.filter)
     }
     fn report<P: Op>(&self, name: &str, p: &[P], reps: usize, work: Work, check: impl Fn(&'static Ops)) {
+        self.beside_reads(name, p, &[], reps, work, check);
+    }
+    /// The read bandwidth that bytes are held against is that of `memory` in the same moment, where there is some.
+    fn beside_reads<P: Op>(
+        &self,
+        name: &str,
+        p: &[P],
+        memory: &[&[u8]],
+        reps: usize,
+        work: Work,
+        check: impl Fn(&'static Ops),
+    ) {
         for ops in &self.levels {
             check(ops);
             for (nth, limit) in &self.teams {
-                let seconds = time(ops, p, *nth, reps);
+                let (seconds, reading) = time(ops, p, memory, *nth, reps);
+                let read = memory.first().map_or(limit.read, |m| m.len() as f64 / reading);
                 let share = |x: f64, limit: f64| {
                     format!("{:3.0} % of {:.1}", x / seconds / limit * 100.0, limit / 1e9)
                 };
-                let bytes = |b: f64| format!("{:7.2} GB/s ({})", b / seconds / 1e9, share(b, limit.read));
+                let bytes = |b: f64| format!("{:7.2} GB/s ({})", b / seconds / 1e9, share(b, read));
                 let flops = |f: f64| format!("{:7.1} GFLOP/s ({})", f / seconds / 1e9, share(f, limit.float));
                 let rate = match work {
                     Work::Bytes(b) => bytes(b),
@@ -112,6 +151,13 @@ impl Bench {
     }
 }
 
+/// Pages in the order in which a sequence fills a pool of its own.
+fn in_order(rng: &mut Rng, sequences: &[(usize, usize)]) -> Batch {
+    let mut batch = Batch::new(rng, sequences);
+    batch.tables.sort_unstable();
+    batch
+}
+
 const SCALAR: Level = Level::Ref;
 const CONTEXT: usize = 131_072;
 
@@ -121,7 +167,7 @@ fn score(bench: &Bench, cache_type: u32, name: &str) {
         return;
     }
     let rng = &mut Rng::new(1);
-    let batch = Batch::new(rng, &[(CONTEXT - 1, 1)]);
+    let batch = in_order(rng, &[(CONTEXT - 1, 1)]);
     let mut pools: Vec<Pool> = (0..6).map(|_| Pool::tight(cache_type, d, 0, batch.n_pages())).collect();
     for pool in &mut pools {
         fill(rng, pool, &batch, CONTEXT);
@@ -142,7 +188,8 @@ fn score(bench: &Bench, cache_type: u32, name: &str) {
         })
         .collect();
     let bytes = (CONTEXT * row_bytes(cache_type, d)) as f64;
-    bench.report(name, &p, 24, Work::Bytes(bytes), |ops| {
+    let memory: Vec<&[u8]> = pools.iter().map(Pool::bytes).collect();
+    bench.beside_reads(name, &p, &memory, 24, Work::Bytes(bytes), |ops| {
         let run = |ops: &Ops| {
             let mut out = vec![0.0; CONTEXT];
             fixture::run(ops, &clsa_score { out: out.as_mut_ptr(), ..p[0] }, 1);
@@ -218,7 +265,7 @@ fn route(bench: &Bench, n_rows: usize, k: usize, block: usize) {
         return;
     }
     let rng = &mut Rng::new(3);
-    let batch = Batch::new(rng, &[(context - n_rows, n_rows)]);
+    let batch = in_order(rng, &[(context - n_rows, n_rows)]);
     let mut pools: Vec<Pool> = (0..6).map(|_| Pool::tight(CLSA_F16, d, 0, batch.n_pages())).collect();
     for pool in &mut pools {
         fill(rng, pool, &batch, context);
@@ -242,7 +289,8 @@ fn route(bench: &Bench, n_rows: usize, k: usize, block: usize) {
     let bytes = (context * d * 2) as f64;
     let flops = (n_rows * context * d * 2) as f64;
     let work = if n_rows > 1 { Work::Flops(flops) } else { Work::Bytes(bytes) };
-    bench.report(&name, &p, 24, work, |ops| {
+    let memory: Vec<&[u8]> = if n_rows == 1 { pools.iter().map(Pool::bytes).collect() } else { vec![] };
+    bench.beside_reads(&name, &p, &memory, 24, work, |ops| {
         // The scores are the level's own: its selection must be that of a full sort of them.
         let (mut selected, mut count) = (vec![0u32; n_rows * k], vec![0; n_rows]);
         fixture::run(
@@ -290,7 +338,7 @@ fn attention(
         return;
     }
     let rng = &mut Rng::new(4);
-    let batch = Batch::new(rng, &[(first, n_rows)]);
+    let batch = in_order(rng, &[(first, n_rows)]);
     let copies = if n_rows > 1 || first > 40_000 { 1 } else { 16 };
     let mut pools: Vec<Pool> =
         (0..2 * copies).map(|_| Pool::tight(cache_type, n_kv * d, 0, batch.n_pages())).collect();
@@ -345,7 +393,7 @@ fn gather(bench: &Bench, name: &str, heads: &Heads, cache_type: u32, k: usize, w
     }
     let rng = &mut Rng::new(5);
     let context = 65_536;
-    let batch = Batch::new(rng, &[(context - 1, 1)]);
+    let batch = in_order(rng, &[(context - 1, 1)]);
     let mut pools: Vec<Pool> =
         (0..2).map(|_| Pool::tight(cache_type, n_kv * d, 0, batch.n_pages())).collect();
     for pool in &mut pools {
@@ -398,7 +446,7 @@ fn rope_append(bench: &Bench, cache_type: u32, name: &str, n_rows: usize) {
         return;
     }
     let rng = &mut Rng::new(6);
-    let batch = Batch::new(rng, &[(0, n_rows)]);
+    let batch = in_order(rng, &[(0, n_rows)]);
     let pools: Vec<Pool> = (0..2).map(|_| Pool::tight(cache_type, n_kv * d, 0, batch.n_pages())).collect();
     let (q, kv, norm) = (rng.normals(n_rows * n_head * d), rng.normals(n_rows * n_kv * d), rng.normals(d));
     let (sin, cos): (Vec<f32>, Vec<f32>) = rng.normals(n_rows * d / 2).iter().map(|x| x.sin_cos()).unzip();

@@ -7,21 +7,22 @@
 #include "topk_impl.h"
 
 // Scores of the VL keys at rows[0..VL] of the (constant) type: VL partial sums each over every VL-th dimension, then
-// their tree. Four keys at a time: enough chains for the multiply-adds, and few enough for memory to be read in order,
-// as prefetchers expect.
+// their tree. A few keys at a time: enough chains for the multiply-adds, and within the kilobyte in which prefetchers
+// still see an order.
 ALWAYS_INLINE vf dots(const float *q, const uint8_t *const *rows, const int32_t type, int32_t d) {
+    const int together = type == CLSA_F32 ? 1 : 4;
     vf acc[VL];
 #pragma clang loop unroll(full)
-    for (int i = 0; i < VL; i += 4) {
-        vf a = vf_set1(0), b = a, c = a, e = a;
+    for (int i = 0; i < VL; i += together) {
+#pragma clang loop unroll(full)
+        for (int l = 0; l < together; l++)
+            acc[i + l] = vf_set1(0);
         for (int32_t j = 0; j < d; j += VL) {
             vf x = vf_load(q + j);
-            a = vf_fma(x, row_load(rows[i], type, j), a);
-            b = vf_fma(x, row_load(rows[i + 1], type, j), b);
-            c = vf_fma(x, row_load(rows[i + 2], type, j), c);
-            e = vf_fma(x, row_load(rows[i + 3], type, j), e);
+#pragma clang loop unroll(full)
+            for (int l = 0; l < together; l++)
+                acc[i + l] = vf_fma(x, row_load(rows[i + l], type, j), acc[i + l]);
         }
-        acc[i] = a, acc[i + 1] = b, acc[i + 2] = c, acc[i + 3] = e;
     }
     return vf_sums(acc);
 }

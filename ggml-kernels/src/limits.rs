@@ -59,6 +59,16 @@ pub fn measure(level: Level, threads: usize) -> Limits {
     }
 }
 
+/// Reads `memory` with a level's widest loads, to be timed beside a kernel that reads the same bytes.
+///
+/// # Panics
+/// This CPU cannot run the level.
+pub fn read(level: Level, memory: &[u8]) {
+    assert!(level.available(), "{level} on this CPU");
+    // SAFETY: reads the slice.
+    unsafe { kernels(level).2(memory.as_ptr(), memory.len()) }
+}
+
 /// What `work` returns on all threads, per second.
 fn rate(threads: usize, work: &(dyn Fn(usize) -> f64 + Sync)) -> f64 {
     let barrier = std::sync::Barrier::new(threads);

@@ -114,6 +114,11 @@ impl Pool {
         let page = batch.tables[slot * batch.stride + pos / CLSA_PAGE as usize] as usize;
         page * r.page_stride + pos % CLSA_PAGE as usize * r.row_stride
     }
+    /// All of the memory (for benchmarks).
+    #[allow(dead_code)]
+    pub fn bytes(&self) -> &[u8] {
+        &self.memory
+    }
     pub fn read(&mut self, batch: &Batch, slot: usize, pos: usize, bytes: usize) -> Vec<u8> {
         let at = self.at(batch, slot, pos);
         self.memory[at..at + bytes].to_vec()
