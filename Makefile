@@ -47,6 +47,7 @@ chat: build
 ## Run every test but the slow ones
 test: build-deps python
 	$(CARGO) test --release --workspace $(CARGO_FLAGS)
+	$(CARGO) test --release --test python $(CARGO_FLAGS) -- --ignored
 	$(CARGO) test --release -p ggml-kernels --features cuda-emulator --test cuda_kernels $(CARGO_FLAGS)
 	$(PYTHON) tests/golden/make.py --check
 

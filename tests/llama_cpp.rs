@@ -17,7 +17,7 @@ use ggml_kernels::{
 const STEPS: usize = 64;
 
 fn llama_cpp(path: &Path) -> Llama {
-    let params = Params { context: 1024, batch: 512, threads: 2, cache: Type::F32, flash_attention: false };
+    let params = Params { context: 1024, batch: 512, threads: 1, cache: Type::F32, flash_attention: false };
     Llama::open(path, params).expect("llama.cpp loads the file")
 }
 
