@@ -140,9 +140,9 @@ impl Message {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RenderOptions {
-    /// Tools as JSON schemas; undefined in the template when empty.
+    /// Tools as JSON schemas; none in the template when empty.
     pub tools: Vec<Value>,
-    /// Documents as objects, by convention with `title` and `text`; undefined in the template when empty.
+    /// Documents as objects, by convention with `title` and `text`; none in the template when empty.
     pub documents: Vec<Value>,
     /// Ends the prompt with the beginning of the assistant's answer.
     pub add_generation_prompt: bool,
@@ -251,9 +251,8 @@ impl ChatTemplate {
         let mut input = Map::new();
         input.insert("messages".into(), messages.iter().map(message).collect());
         for (name, list) in [("tools", &options.tools), ("documents", &options.documents)] {
-            if !list.is_empty() {
-                input.insert(name.into(), Value::Array(list.clone()));
-            }
+            let value = if list.is_empty() { Value::Null } else { Value::Array(list.clone()) };
+            input.insert(name.into(), value);
         }
         input.extend(options.variables.clone());
         let size = Value::Object(input.clone()).to_string().len();

@@ -4,10 +4,8 @@ use super::{
     added::Matcher,
     error::{Error, Result, cut},
 };
-use std::{
-    collections::{HashMap, HashSet},
-    ops::Range,
-};
+use ahash::{AHashMap, AHashSet};
+use std::{collections::HashSet, ops::Range};
 use tokenizers::{
     Model, NormalizedString, Normalizer, NormalizerWrapper, OffsetReferential, OffsetType,
     PreTokenizedString, PreTokenizer, PreTokenizerWrapper, Token,
@@ -42,18 +40,24 @@ pub(super) struct Parts<'a> {
 impl Parts<'_> {
     /// Checks the merges and builds the model.
     fn build(self) -> Result<BPE> {
-        let ids: HashMap<&str, u32> = self.tokens.iter().copied().collect();
-        let mut needed: HashSet<u32> = HashSet::with_capacity(self.merges.len());
-        let mut seen = HashSet::with_capacity(self.merges.len());
+        let ids: AHashMap<&str, u32> = self.tokens.iter().copied().collect();
+        // Control tokens that merges need.
+        let mut needed: HashSet<u32> = HashSet::new();
+        let mut seen = AHashSet::with_capacity(self.merges.len());
+        let mut joined = String::new();
         for (rank, &(left, right)) in self.merges.iter().enumerate() {
-            let error = |what: String| Error::merge(rank, &format!("{left} {right}"), what);
-            if !seen.insert((left, right)) {
-                return Err(error("is in the list twice".into()));
+            let id = |part: &str| {
+                let what = || format!("{:?} is not a token", cut(part));
+                let error = || Error::merge(rank, &format!("{left} {right}"), what());
+                ids.get(part).copied().ok_or_else(error)
+            };
+            joined.clear();
+            joined.extend([left, right]);
+            let all = [id(left)?, id(right)?, id(&joined)?];
+            if !seen.insert((all[0], all[1])) {
+                return Err(Error::merge(rank, &format!("{left} {right}"), "is in the list twice"));
             }
-            for part in [left, right, &format!("{left}{right}")] {
-                let id = ids.get(part).ok_or_else(|| error(format!("{:?} is not a token", cut(part))))?;
-                needed.insert(*id);
-            }
+            needed.extend(all.into_iter().filter(|id| self.special.contains(id)));
         }
         // A control token must not come out of text. Where merges or single characters need it, it cannot be left out.
         let reachable = |text: &str, id: u32| {

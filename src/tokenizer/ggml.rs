@@ -7,7 +7,8 @@ use super::{
     pieces::{Pieces, Spelling, byte_token},
     spm::SentencePiece,
 };
-use std::collections::{HashMap, HashSet};
+use ahash::AHashMap;
+use std::collections::HashSet;
 use tokenizers::{
     PreTokenizerWrapper, SplitDelimiterBehavior,
     pre_tokenizers::{
@@ -163,7 +164,7 @@ fn check_tokens(vocab: &GgmlVocab<'_>) -> Result<Vec<Kind>> {
             return Err(Error::key(key, format!("{len} values, expected one for each of the {n} tokens")));
         }
     }
-    let mut first = HashMap::with_capacity(n);
+    let mut first = AHashMap::with_capacity(n);
     let mut kinds = Vec::with_capacity(n);
     for (id, (at, text)) in (0u32..).zip(vocab.tokens.iter().enumerate()) {
         if text.is_empty() {
@@ -175,6 +176,9 @@ fn check_tokens(vocab: &GgmlVocab<'_>) -> Result<Vec<Kind>> {
         let number = vocab.types.as_ref().map_or(Kind::Normal as i32, |t| t[at]);
         let kind = Kind::from_number(number)
             .ok_or_else(|| Error::token(id, text, format!("its type is {number}, expected 1 to 6")))?;
+        // Some files call the tokens that end an answer by another type; llama.cpp overrides it as well.
+        let ends = super::END_OF_ANSWER.contains(text) && matches!(kind, Kind::Normal | Kind::UserDefined);
+        let kind = if ends { Kind::Control } else { kind };
         if kind == Kind::Byte && byte_token(text).is_none() {
             return Err(Error::token(id, text, "is of the byte type, expected <0x00> to <0xFF>"));
         }

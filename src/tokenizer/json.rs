@@ -6,16 +6,13 @@ use super::{
     error::{Error, Result, cut},
     pieces::{Pieces, Spelling},
 };
+use ahash::AHashMap;
 use serde::{
     Deserialize, Deserializer,
     de::{self, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::{Value, value::RawValue};
-use std::{
-    borrow::Cow,
-    collections::{HashMap, HashSet},
-    fmt,
-};
+use std::{borrow::Cow, collections::HashSet, fmt};
 use tokenizers::{NormalizerWrapper, PreTokenizerWrapper};
 
 #[derive(Deserialize)]
@@ -220,7 +217,7 @@ pub(super) fn load(text: &str, size: usize) -> Result<(Loaded, Option<String>)> 
         serde_json::from_value(file.pre_tokenizer).map_err(invalid)?;
 
     let ids = check_vocab(&model.vocab.0, size)?;
-    check_added(&file.added_tokens, &ids, &model.vocab.0, size)?;
+    check_added(&file.added_tokens, &ids, size)?;
     let special: HashSet<u32> = file.added_tokens.iter().filter(|t| t.special).map(|t| t.id).collect();
     let mut pieces = vec![Vec::new(); size];
     for (text, id) in &model.vocab.0 {
@@ -253,15 +250,15 @@ pub(super) fn load(text: &str, size: usize) -> Result<(Loaded, Option<String>)> 
 }
 
 /// Each text and each id once, ids below `size`. Returns the ids by text.
-fn check_vocab<'a>(vocab: &'a [(Cow<'a, str>, u32)], size: usize) -> Result<HashMap<&'a str, u32>> {
-    let mut ids = HashMap::with_capacity(vocab.len());
-    let mut taken: HashMap<u32, &str> = HashMap::with_capacity(vocab.len());
+fn check_vocab<'a>(vocab: &'a [(Cow<'a, str>, u32)], size: usize) -> Result<AHashMap<&'a str, u32>> {
+    let mut ids = AHashMap::with_capacity(vocab.len());
+    let mut taken: Vec<Option<&str>> = vec![None; size];
     for (text, id) in vocab {
         check_id(text, *id, size)?;
         if let Some(other) = ids.insert(text.as_ref(), *id) {
             return Err(Error::token(*id, text, format!("has the text of token {other}")));
         }
-        if let Some(other) = taken.insert(*id, text) {
+        if let Some(other) = taken[*id as usize].replace(text) {
             return Err(Error::token(*id, text, format!("has the id of token {:?}", cut(other))));
         }
     }
@@ -279,14 +276,10 @@ fn check_id(text: &str, id: u32, size: usize) -> Result<()> {
 }
 
 /// An added token that is in the vocabulary has its id there; another one has an id of its own.
-fn check_added(
-    added: &[AddedToken],
-    ids: &HashMap<&str, u32>,
-    vocab: &[(Cow<'_, str>, u32)],
-    size: usize,
-) -> Result<()> {
+fn check_added(added: &[AddedToken], ids: &AHashMap<&str, u32>, size: usize) -> Result<()> {
     let mut texts = HashSet::new();
-    let mut own: HashMap<u32, &str> = vocab.iter().map(|(text, id)| (*id, text.as_ref())).collect();
+    let mut own: Vec<Option<&str>> = vec![None; size];
+    ids.iter().for_each(|(text, id)| own[*id as usize] = Some(text));
     for token in added {
         check_id(&token.content, token.id, size)?;
         if !texts.insert(token.content.as_str()) {
@@ -295,7 +288,8 @@ fn check_added(
         if let Some(other) = ids.get(token.content.as_str()).filter(|id| **id != token.id) {
             return Err(Error::token(token.id, &token.content, format!("has id {other} in the vocabulary")));
         }
-        if let Some(other) = own.insert(token.id, &token.content).filter(|other| *other != token.content) {
+        let before = own[token.id as usize].replace(&token.content);
+        if let Some(other) = before.filter(|other| *other != token.content) {
             return Err(Error::token(
                 token.id,
                 &token.content,

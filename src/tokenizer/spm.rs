@@ -1,15 +1,16 @@
 //! SentencePiece's byte-pair encoding: the neighbours whose joint piece has the best score are merged first, the left
 //! pair first among equals; what is no piece falls apart into byte tokens.
 use super::error::{Error, Result};
+use ahash::AHashMap;
 use std::{
     cmp::{Ordering, Reverse},
-    collections::{BinaryHeap, HashMap},
+    collections::BinaryHeap,
 };
 
 /// The pieces that text can become.
 pub(super) struct SentencePiece {
     /// Id and score.
-    pieces: HashMap<Box<str>, (u32, f32)>,
+    pieces: AHashMap<Box<str>, (u32, f32)>,
     /// The longest piece in bytes.
     longest: usize,
     /// The token of each byte.
@@ -58,7 +59,7 @@ impl SentencePiece {
         bytes: [Option<u32>; 256],
         unk: Option<u32>,
     ) -> Result<Self> {
-        let mut map = HashMap::new();
+        let mut map = AHashMap::new();
         let mut longest = 0;
         for (text, id, score) in pieces {
             if !score.is_finite() {

@@ -296,6 +296,21 @@ fn stop_tokens_are_those_of_the_file_or_known_by_name() {
 }
 
 #[test]
+fn tokens_that_end_an_answer_are_control_tokens_whatever_their_type() {
+    let merges = merges();
+    for ty in [1, 3, 4] {
+        let mut vocab = gpt2_vocab("gpt-2", &merges);
+        vocab.types.as_mut().unwrap()[1] = ty;
+        let (ours, llama_cpp) = both(&vocab, |_| ());
+        assert!(ours.is_stop(1) && ours.is_special(1));
+        for special in [false, true] {
+            let text = "a<|im_end|>b";
+            assert_eq!(ours.encode(text, special).unwrap(), theirs(&llama_cpp, text, false, special));
+        }
+    }
+}
+
+#[test]
 fn stream_shows_special_tokens_only_when_asked() {
     let t = from_config(&config("gpt-2")).unwrap();
     let ids = t.encode("<|im_start|>é<think>", true).unwrap();

@@ -290,7 +290,7 @@ RAG = """{%- macro show(doc, number) -%}
     {{ line }}
 {% endfor %}
 {%- endmacro %}
-{%- if documents %}
+{%- if documents is not none %}
 Documents:
 {% for doc in documents %}
 {{ show(doc, loop.index) }}
@@ -401,7 +401,7 @@ def main():
             context = {"bos_token": bos, "eos_token": eos}
             context = {k: v for k, v in context.items() if v is not None}
             context |= {k: v for k, v in conversation.items() if k != "variables"} | conversation.get("variables", {})
-            context.setdefault("add_generation_prompt", False)
+            context = {"tools": None, "documents": None, "add_generation_prompt": False} | context
             case = {"family": family, "conversation": name}
             try:
                 case["text"] = template.render(**context)
