@@ -7,10 +7,9 @@
 #include "topk_impl.h"
 
 // Scores of the VL keys at rows[0..VL] of the (constant) type: VL partial sums each over every VL-th dimension, then
-// their tree. A few keys at a time: enough chains for the multiply-adds, and within the kilobyte in which prefetchers
-// still see an order.
-ALWAYS_INLINE vf dots(const float *q, const uint8_t *const *rows, const int32_t type, int32_t d) {
-    const int together = type == CLSA_F32 ? 1 : 4;
+// their tree. So many keys `together`: from memory, no more than lie within the kilobyte in which prefetchers still see
+// an order; from the first cache, all of them, for chains of multiply-adds that do not wait. It changes no result.
+ALWAYS_INLINE vf dots(const float *q, const uint8_t *const *rows, const int32_t type, const int together, int32_t d) {
     vf acc[VL];
 #pragma clang loop unroll(full)
     for (int i = 0; i < VL; i += together) {
@@ -25,6 +24,14 @@ ALWAYS_INLINE vf dots(const float *q, const uint8_t *const *rows, const int32_t 
         }
     }
     return vf_sums(acc);
+}
+
+ALWAYS_INLINE vf dots_in_memory(const float *q, const uint8_t *const *rows, int32_t type, int32_t d) {
+    if (type == CLSA_F32)
+        return dots(q, rows, CLSA_F32, 1, d);
+    if (type == CLSA_F16)
+        return dots(q, rows, CLSA_F16, 4, d);
+    return dots(q, rows, CLSA_Q8_0, 4, d);
 }
 
 // Rows of the keys at pos, pos + 1, ...; past the last one, the last one again.
@@ -76,9 +83,10 @@ static void scan_keys(const struct clsa_route *p, int32_t slot, int32_t first, i
             if (valid <= 0)
                 continue;
             vf x;
-#define BODY(type) x = dots(scans[r].q, rows, type, p->d)
-            WITH_TYPE(n > 1 ? CLSA_F32 : p->keys.type, BODY)
-#undef BODY
+            if (n > 1)
+                x = dots(scans[r].q, rows, CLSA_F32, VL, p->d);
+            else
+                x = dots_in_memory(scans[r].q, rows, p->keys.type, p->d);
             if (p->block > 1)
                 scan_blocks(&scans[r], x, s, valid, p->block);
             else
@@ -162,10 +170,7 @@ static void score(const struct clsa_score *p, int ith, int nth) {
     const int32_t end = (int32_t)MIN((int64_t)(ith + 1) * unit, p->n);
     for (int32_t i = (int32_t)MIN((int64_t)ith * unit, p->n); i < end; i += VL) {
         key_rows(&p->keys, &p->batch, p->slot, p->start + i, MIN(VL, end - i), rows);
-        vf x;
-#define BODY(type) x = dots(p->q, rows, type, p->d)
-        WITH_TYPE(p->keys.type, BODY)
-#undef BODY
+        vf x = dots_in_memory(p->q, rows, p->keys.type, p->d);
         float lane[VL];
         if (i + VL <= end)
             vf_store(p->out + i, x);
