@@ -2,9 +2,12 @@
 //!
 //! A row of `n` values (`n` divisible by [`Type::block_len`]) is stored as `n / block_len` blocks of [`Type::block_bytes`] bytes.
 //! Rows are quantized independently of each other, so any split of a tensor into whole rows gives the same bytes.
+mod k_quants;
+mod lanes;
+
 use std::{fmt, str::FromStr};
 
-use half::slice::HalfFloatSliceExt;
+use half::{f16, slice::HalfFloatSliceExt};
 
 use crate::ggml;
 
@@ -146,54 +149,80 @@ pub fn quantize(ty: Type, src: &[f32], n_per_row: usize, imatrix: Option<&[f32]>
                 bytes.copy_from_slice(&value.to_le_bytes());
             }
         }
-        Type::F16 => narrow(src, out, |from, to: &mut [half::f16]| to.convert_from_f32_slice(from)),
-        Type::BF16 => narrow(src, out, |from, to: &mut [half::bf16]| to.convert_from_f32_slice(from)),
-        _ => {
-            let weights = imatrix.map_or(std::ptr::null(), <[f32]>::as_ptr);
-            // SAFETY: the assertions above give ggml `n_rows` whole rows to read, `n_rows * row_bytes` bytes to write and
-            // `n_per_row` weights (or null, which every type of ours takes). The quantizers share no mutable state, and blocks have
-            // 2-byte alignment at most, which ggml reads and writes through unaligned-tolerant instructions on x86 and ARM.
-            let written = unsafe {
-                ggml::ggml_quantize_chunk(
-                    ty.to_ggml(),
-                    src.as_ptr(),
-                    out.as_mut_ptr().cast(),
-                    0,
-                    n_rows as i64,
-                    n_per_row as i64,
-                    weights,
-                )
-            };
-            assert_eq!(written, out.len(), "ggml wrote the bytes of {n_rows} rows of {ty}");
+        Type::F16 => narrow(src, out),
+        Type::BF16 => {
+            for (bytes, value) in out.chunks_exact_mut(2).zip(src) {
+                bytes.copy_from_slice(&bf16_bits(*value).to_le_bytes());
+            }
         }
+        Type::Q2_K if imatrix.is_none() => super_blocks(ty, src, out, k_quants::q2_k),
+        Type::Q4_K if imatrix.is_none() => super_blocks(ty, src, out, k_quants::q4_k),
+        Type::Q5_K if imatrix.is_none() => super_blocks(ty, src, out, k_quants::q5_k),
+        Type::Q6_K if imatrix.is_none() => super_blocks(ty, src, out, k_quants::q6_k),
+        _ => quantize_ggml(ty, src, n_per_row, imatrix, out),
     }
 }
 
-/// Converts `src` to 16-bit floats through a small buffer, because `out` may have any alignment.
-fn narrow<T: Copy + Default + AsBits>(src: &[f32], out: &mut [u8], convert: impl Fn(&[f32], &mut [T])) {
+/// [`quantize`] by ggml itself; the caller has checked all lengths.
+fn quantize_ggml(ty: Type, src: &[f32], n_per_row: usize, imatrix: Option<&[f32]>, out: &mut [u8]) {
+    let n_rows = src.len() / n_per_row;
+    let weights = imatrix.map_or(std::ptr::null(), <[f32]>::as_ptr);
+    // SAFETY: the assertions above give ggml `n_rows` whole rows to read, `n_rows * row_bytes` bytes to write and
+    // `n_per_row` weights (or null, which every type of ours takes). The quantizers share no mutable state, and blocks have
+    // 2-byte alignment at most, which ggml reads and writes through unaligned-tolerant instructions on x86 and ARM.
+    let written = unsafe {
+        ggml::ggml_quantize_chunk(
+            ty.to_ggml(),
+            src.as_ptr(),
+            out.as_mut_ptr().cast(),
+            0,
+            n_rows as i64,
+            n_per_row as i64,
+            weights,
+        )
+    };
+    assert_eq!(written, out.len(), "ggml wrote the bytes of {n_rows} rows of {ty}");
+}
+
+/// Quantizes `N` values at a time; what is left at the end is padded with zeros. Rows are whole super-blocks, so their ends do not
+/// matter.
+fn super_blocks<const N: usize>(
+    ty: Type,
+    src: &[f32],
+    out: &mut [u8],
+    quantize: impl Fn(&[f32; N], &mut [u8]),
+) {
+    let bytes = N / ty.block_len() * ty.block_bytes();
+    let (whole, rest) = src.as_chunks::<N>();
+    let (whole_out, rest_out) = out.split_at_mut(whole.len() * bytes);
+    for (values, out) in whole.iter().zip(whole_out.chunks_exact_mut(bytes)) {
+        quantize(values, out);
+    }
+    if !rest.is_empty() {
+        let (mut values, mut padded) = ([0.0; N], vec![0; bytes]);
+        values[..rest.len()].copy_from_slice(rest);
+        quantize(&values, &mut padded);
+        rest_out.copy_from_slice(&padded[..rest_out.len()]);
+    }
+}
+
+/// The nearest bfloat16, ties to even; a NaN stays one.
+fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+    if bits & 0x7fff_ffff > 0x7f80_0000 { (bits >> 16) as u16 | 0x40 } else { rounded }
+}
+
+/// Converts `src` to half floats through a small buffer, because `out` may have any alignment.
+fn narrow(src: &[f32], out: &mut [u8]) {
     const CHUNK: usize = 1024;
-    let mut buffer = [T::default(); CHUNK];
+    let mut buffer = [f16::ZERO; CHUNK];
     for (from, to) in src.chunks(CHUNK).zip(out.chunks_mut(2 * CHUNK)) {
         let buffer = &mut buffer[..from.len()];
-        convert(from, buffer);
+        buffer.convert_from_f32_slice(from);
         for (bytes, value) in to.chunks_exact_mut(2).zip(&*buffer) {
-            bytes.copy_from_slice(&value.bits().to_le_bytes());
+            bytes.copy_from_slice(&value.to_bits().to_le_bytes());
         }
-    }
-}
-
-/// A 16-bit float seen as its bits.
-trait AsBits {
-    fn bits(self) -> u16;
-}
-impl AsBits for half::f16 {
-    fn bits(self) -> u16 {
-        self.to_bits()
-    }
-}
-impl AsBits for half::bf16 {
-    fn bits(self) -> u16 {
-        self.to_bits()
     }
 }
 
@@ -210,7 +239,7 @@ pub fn dequantize(ty: Type, bytes: &[u8], out: &mut [f32]) {
                 *value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
             }
         }
-        Type::F16 => widen(bytes, out, half::f16::from_bits, |from, to| from.convert_to_f32_slice(to)),
+        Type::F16 => widen(bytes, out),
         Type::BF16 => {
             for (value, bytes) in out.iter_mut().zip(bytes.chunks_exact(2)) {
                 *value = f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16);
@@ -227,20 +256,15 @@ pub fn dequantize(ty: Type, bytes: &[u8], out: &mut [f32]) {
 }
 
 /// The reverse of [`narrow`].
-fn widen<T: Copy + Default>(
-    bytes: &[u8],
-    out: &mut [f32],
-    from_bits: impl Fn(u16) -> T,
-    convert: impl Fn(&[T], &mut [f32]),
-) {
+fn widen(bytes: &[u8], out: &mut [f32]) {
     const CHUNK: usize = 1024;
-    let mut buffer = [T::default(); CHUNK];
+    let mut buffer = [f16::ZERO; CHUNK];
     for (from, to) in bytes.chunks(2 * CHUNK).zip(out.chunks_mut(CHUNK)) {
         let buffer = &mut buffer[..to.len()];
         for (value, bytes) in buffer.iter_mut().zip(from.chunks_exact(2)) {
-            *value = from_bits(u16::from_le_bytes([bytes[0], bytes[1]]));
+            *value = f16::from_bits(u16::from_le_bytes([bytes[0], bytes[1]]));
         }
-        convert(buffer, to);
+        buffer.convert_to_f32_slice(to);
     }
 }
 
@@ -398,7 +422,52 @@ mod tests {
         dequantize(Type::Q8_0, &[0; 33], &mut [0.0; 32]);
     }
 
+    /// Values of many scales: some sub-blocks flat, some zero, some of one sign, some tiny, some huge.
+    fn varied(seed: u64, blocks: usize) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = move || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as u32
+        };
+        let mut out = Vec::new();
+        for _ in 0..blocks * 16 {
+            let (kind, exponent) = (next() % 12, next() % 60);
+            let scale = match kind {
+                0 => 0.0,
+                1 => 2f32.powi(exponent as i32 - 80),
+                2 => 2f32.powi(exponent as i32 - 30),
+                _ => 2f32.powi(exponent as i32 % 8 - 6),
+            };
+            for _ in 0..16 {
+                let v = (f64::from(next()) / f64::from(u32::MAX >> 1) - 0.5) as f32 * scale;
+                out.push(match kind {
+                    3 => scale,
+                    4 => v.abs(),
+                    5 => -v.abs(),
+                    6 if next() % 4 != 0 => 0.0,
+                    7 => (v * 8.0).round() / 8.0,
+                    _ => v,
+                });
+            }
+        }
+        out
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+        #[test]
+        fn fast_quantizers_give_the_bytes_of_ggml(seed in any::<u64>(), blocks in 1usize..6) {
+            let values = varied(seed, blocks);
+            for &ty in Type::ALL {
+                let row = ty.row_bytes(256).unwrap() * blocks;
+                let (mut ours, mut theirs) = (vec![0; row], vec![1; row]);
+                quantize(ty, &values, 256, None, &mut ours);
+                quantize_ggml(ty, &values, 256, None, &mut theirs);
+                let differs = ours.iter().zip(&theirs).position(|(a, b)| a != b);
+                prop_assert_eq!(differs, None, "{} of {} blocks", ty, blocks);
+            }
+        }
+
         #[test]
         fn rows_are_independent(seed in any::<u32>(), split in 1usize..4, which in 0..Type::ALL.len()) {
             let ty = Type::ALL[which];
