@@ -63,7 +63,10 @@ fn warn_without_amx() {
 /// Flags of a kernel file, by the ending of its name: `<op>_<isa>.c`. Which one runs is chosen at run time (src/simd.rs).
 const ISA_FLAGS: &[(&str, &[&str])] = &[
     ("avx2", &["-march=x86-64-v3"]),
-    ("avx512vnni", &["-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi", "-mprefer-vector-width=512"]),
+    (
+        "avx512vnni",
+        &["-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mprefer-vector-width=512"],
+    ),
     ("avx512", &["-march=x86-64-v4", "-mprefer-vector-width=512"]),
     // Plain C for any machine: references, sizes.
     ("", &[]),

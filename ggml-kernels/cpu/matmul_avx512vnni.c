@@ -48,7 +48,7 @@ ALWAYS_INLINE V v_exp(V x) {
 // Form Q8 of row `row`.
 static void pack_q8(const struct clsa_pack *p, const float *x, float inv, int row) {
     const struct q8_tile t = q8_tile_at(p->packed, p->n_rows, p->n_in, row);
-    const int h = t.h, r = row % TILE;
+    const int h = t.h, r = row % tile_rows(p->n_rows);
     for (int b = 0; b < p->n_in / 32; b++) {
         V v[2] = {v_load(x + 32 * b), v_load(x + 32 * b + 16)};
         if (p->norm)
@@ -108,41 +108,51 @@ ALWAYS_INLINE void tile(const uint8_t *panel, const struct q8_tile *x, int nb, f
 #pragma clang loop unroll(full)
     for (int r = 0; r < h; r++)
         acc[r] = _mm512_setzero_ps();
-    // The order of blocks is the unpackers': halves 0 of four blocks, then their halves 1.
-    for (int u = 0; u < nb * halves; u++) {
-        const int b = halves == 1 ? u : u / 8 * 4 + u % 4, half = halves == 1 ? 0 : u / 4 % 2;
-        const uint8_t *w = panel + (size_t)b * record;
-        const int8_t *q = x->q + ((size_t)b * 8 + 4 * half) * h * 4;
+    for (int b = 0; b < nb; b++) {
+        const __m512i *w = (const __m512i *)(panel + (size_t)b * record);
+        const float *scales = (const float *)(w + 8);
+        const int8_t *q = x->q + (size_t)b * 32 * h;
         const float *xs = x->s + (size_t)b * h;
+        const int32_t *i16 = x->i16 + (size_t)2 * b * h;
         __m512i dot[TILE];
+        __m512 part[TILE];
 #pragma clang loop unroll(full)
-        for (int r = 0; r < h; r++)
-            dot[r] = kind == S32   ? _mm512_set1_epi32(x->i32[(size_t)b * h + r])
-                     : kind == S16 ? _mm512_set1_epi32(x->i16[((size_t)2 * b + half) * h + r])
-                                   : _mm512_setzero_si512();
+        for (int half = 0; half < halves; half++) {
 #pragma clang loop unroll(full)
-        for (int k = 0; k < deep; k++) {
-            const __m512i v = _mm512_load_si512((const __m512i *)w + 4 * half + k);
+            for (int r = 0; r < h; r++)
+                dot[r] = kind == S32   ? _mm512_set1_epi32(x->i32[(size_t)b * h + r])
+                         : kind == S16 ? _mm512_set1_epi32(i16[half * h + r])
+                                       : _mm512_setzero_si512();
 #pragma clang loop unroll(full)
-            for (int r = 0; r < h; r++) {
-                int32_t xk;
-                memcpy(&xk, q + (k * h + r) * 4, 4);
-                dot[r] = _mm512_dpbusd_epi32(dot[r], v, _mm512_set1_epi32(xk));
+            for (int k = half * deep; k < (half + 1) * deep; k++) {
+                const __m512i v = _mm512_load_si512(w + k);
+#pragma clang loop unroll(full)
+                for (int r = 0; r < h; r++) {
+                    int32_t xk;
+                    memcpy(&xk, q + (k * h + r) * 4, 4);
+                    dot[r] = _mm512_dpbusd_epi32(dot[r], v, _mm512_set1_epi32(xk));
+                }
+            }
+            if (halves == 2) {
+                const __m512 s = _mm512_load_ps(scales + 16 * half);
+                const __m512 m32 = kind == M16 ? _mm512_load_ps(scales + 16 * (2 + half)) : _mm512_setzero_ps();
+#pragma clang loop unroll(full)
+                for (int r = 0; r < h; r++) {
+                    part[r] = half ? half_next(part[r], dot[r], s) : half_first(dot[r], s);
+                    if (kind == M16)
+                        part[r] = half_min(part[r], m32, i16[half * h + r]);
+                    if (half)
+                        acc[r] = fold_halves(acc[r], part[r], xs[r]);
+                }
             }
         }
-        const float *scales = (const float *)(w + 512);
-        const __m512 s = _mm512_load_ps(scales + 16 * half);
-        const __m512 m = kind == M32   ? _mm512_load_ps(scales + 16)
-                         : kind == M16 ? _mm512_load_ps(scales + 16 * (2 + half))
-                                       : _mm512_setzero_ps();
+        if (halves == 1) {
+            const __m512 s = _mm512_load_ps(scales), m = kind == M32 ? _mm512_load_ps(scales + 16) : s;
 #pragma clang loop unroll(full)
-        for (int r = 0; r < h; r++) {
-            acc[r] = fold(acc[r], dot[r], s, xs[r]);
-            if (kind == M32)
-                acc[r] = _mm512_fnmadd_ps(m, _mm512_set1_ps(x->f[(size_t)b * h + r]), acc[r]);
-            if (kind == M16) {
-                const float sum = xs[r] * -0x1p-5f * (float)x->i16[((size_t)2 * b + half) * h + r];
-                acc[r] = _mm512_fnmadd_ps(m, _mm512_set1_ps(sum), acc[r]);
+            for (int r = 0; r < h; r++) {
+                acc[r] = fold32(acc[r], dot[r], s, xs[r]);
+                if (kind == M32)
+                    acc[r] = fold_min(acc[r], m, x->f[(size_t)b * h + r]);
             }
         }
     }
@@ -178,51 +188,76 @@ MM_TILES(M16)
      tile_##kind##_7, tile_##kind##_8, tile_##kind##_9, tile_##kind##_10, tile_##kind##_11, tile_##kind##_12},
 static tile_fn *const tiles[4][TILE] = {MM_ROW(S32) MM_ROW(M32) MM_ROW(S16) MM_ROW(M16)};
 
-// ---- Per type: unpacking into a panel, and the product with one row
+// ---- Per type and layout: unpacking into a panel, and the products with 1 .. SINK_ROWS rows
 
 #define MM_QUANTIZED(X)                                                                                                \
     X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS)
-#define MM_UNPACK(name)                                                                                                \
-    static __attribute__((noinline)) void panel_##name(const uint8_t *w, size_t row_bytes, int nb, struct sink *to) {  \
-        unpack_##name(w, row_bytes, nb, to, 0);                                                                        \
-    }                                                                                                                  \
-    static __attribute__((noinline)) void row_##name(const uint8_t *w, size_t row_bytes, int nb, struct sink *to) {    \
+
+typedef void unpack_fn(struct src w, int nb, struct sink *to);
+#define MM_UNPACK(name, rows, packed)                                                                                  \
+    static void name##_##rows##_##packed(struct src w, int nb, struct sink *to) {                                      \
         struct sink local = *to;                                                                                       \
-        local.acc[0] = _mm512_setzero_ps();                                                                            \
-        unpack_##name(w, row_bytes, nb, &local, 1);                                                                    \
-        to->acc[0] = local.acc[0];                                                                                     \
+        for (int r = 0; r < rows; r++)                                                                                 \
+            local.acc[r] = _mm512_setzero_ps();                                                                        \
+        unpack_##name(w, nb, &local, rows, packed);                                                                    \
+        for (int r = 0; r < rows; r++)                                                                                 \
+            to->acc[r] = local.acc[r];                                                                                 \
     }
-MM_QUANTIZED(MM_UNPACK)
+#define MM_UNPACKERS(name)                                                                                             \
+    MM_UNPACK(name, 0, 0)                                                                                              \
+    MM_UNPACK(name, 1, 0)                                                                                              \
+    MM_UNPACK(name, 2, 0)                                                                                              \
+    MM_UNPACK(name, 3, 0)                                                                                              \
+    MM_UNPACK(name, 4, 0)                                                                                              \
+    MM_UNPACK(name, 0, 1)                                                                                              \
+    MM_UNPACK(name, 1, 1)                                                                                              \
+    MM_UNPACK(name, 2, 1)                                                                                              \
+    MM_UNPACK(name, 3, 1)                                                                                              \
+    MM_UNPACK(name, 4, 1)
+MM_QUANTIZED(MM_UNPACKERS)
 
-static void panel_of(int type, const struct group *g, int nb, uint8_t *panel) {
-    struct sink to = {.panel = panel};
+static unpack_fn *unpacker(int type, int packed, int rows) {
     switch (type) {
 #define MM_CASE(name)                                                                                                  \
-    case T_##name:                                                                                                     \
-        panel_##name(g->w, g->row_bytes, nb, &to);                                                                     \
-        break;
+    case T_##name: {                                                                                                   \
+        static unpack_fn *const table[2][SINK_ROWS + 1] = {                                                            \
+            {name##_0_0, name##_1_0, name##_2_0, name##_3_0, name##_4_0},                                              \
+            {name##_0_1, name##_1_1, name##_2_1, name##_3_1, name##_4_1}};                                             \
+        return table[packed][rows];                                                                                    \
+    }
         MM_QUANTIZED(MM_CASE)
 #undef MM_CASE
     }
-}
-
-static void row_of(int type, const struct group *g, int nb, struct sink *to) {
-    switch (type) {
-#define MM_CASE(name)                                                                                                  \
-    case T_##name:                                                                                                     \
-        row_##name(g->w, g->row_bytes, nb, to);                                                                        \
-        break;
-        MM_QUANTIZED(MM_CASE)
-#undef MM_CASE
-    }
+    return NULL;
 }
 
 // ---- The op
 
+// The product of a group of one matrix with a tile of rows.
+static void group_tile(const struct clsa_matrix *m, const struct group *g, int last, const struct clsa_matmul *p,
+                       uint8_t *packed, int row, const uint8_t *panel, float *acc) {
+    const int n_in = p->x.n_in, nb = n_in / 32, n_rows = p->x.n_rows, rows = MIN(tile_rows(n_rows), n_rows - row);
+    if (mm_is_float(m->type)) {
+        const float *x = f32_rows(packed, n_rows, n_in, p->x.forms) + row * F32_STRIDE(n_in);
+        float_group(m->type, g->w, g->row_bytes, n_in, x, rows, acc);
+        return;
+    }
+    const struct q8_tile x = q8_tile_at(packed, n_rows, n_in, row);
+    if (panel) {
+        tiles[mm_kind_of(m->type)][rows - 1](panel, &x, nb, acc);
+        return;
+    }
+    struct sink to = {.x = x, .ahead = g->w + (last ? 0 : GROUP * g->row_bytes)};
+    unpacker(m->type, g->packed, rows)((struct src){g->w, g->row_bytes}, nb, &to);
+    for (int r = 0; r < rows; r++)
+        _mm512_store_ps(acc + r * GROUP, to.acc[r]);
+}
+
 // Groups from .. to of `n_mat` matrices (two: gate and up) for all rows.
 static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, int n_mat, int from, int to,
                    uint8_t *packed, const struct mm_scratch *scratch) {
-    const int n_rows = p->x.n_rows, n_in = p->x.n_in, nb = n_in / 32;
+    const int n_rows = p->x.n_rows, n_in = p->x.n_in, nb = n_in / 32, direct = n_rows <= FEW_ROWS;
+    const int most = tile_rows(n_rows);
     size_t size[2] = {0, 0};
     for (int m = 0; m < n_mat; m++)
         size[m] = mm_is_float(mat[m].type) ? GROUP * mm_row_bytes(mat[m].type, n_in)
@@ -230,39 +265,29 @@ static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, i
     const int at_once = (int)MAX(1, PANEL_BYTES / (size[0] + size[1]));
     for (int first = from; first < to; first += at_once) {
         const int count = MIN(at_once, to - first);
-        if (n_rows > 1)
-            for (int g = 0; g < count; g++)
-                for (int m = 0; m < n_mat; m++)
-                    if (!mm_is_float(mat[m].type)) {
-                        const struct group at = group_of(&mat[m], n_in, first + g, scratch->rows);
-                        panel_of(mat[m].type, &at, nb, scratch->panel + (size_t)g * (size[0] + size[1]) + m * size[0]);
-                    }
-        for (int row = 0; row < n_rows; row += TILE) {
-            const int rows = MIN(TILE, n_rows - row);
-            const struct q8_tile x = q8_tile_at(packed, n_rows, n_in, row);
-            const float *xf = f32_rows(packed, n_rows, n_in, p->x.forms) + row * F32_STRIDE(n_in);
-            for (int g = 0; g < count; g++) {
-                _Alignas(64) float acc[2][TILE * GROUP];
-                struct group at;
-                for (int m = n_mat - 1; m >= 0; m--) {
-                    const int type = mat[m].type;
-                    at = group_of(&mat[m], n_in, first + g, scratch->rows);
-                    if (mm_is_float(type)) {
-                        float_group(type, at.w, at.row_bytes, n_in, xf, rows, acc[m]);
-                    } else if (n_rows == 1) {
-                        const size_t next = first + g + 1 < to ? GROUP * at.row_bytes : 0;
-                        struct sink sink = {.x = x, .ahead = at.w + next};
-                        row_of(type, &at, nb, &sink);
-                        _mm512_store_ps(acc[m], sink.acc[0]);
-                    } else {
-                        tiles[mm_kind_of(type)][rows - 1](
-                            scratch->panel + (size_t)g * (size[0] + size[1]) + m * size[0], &x, nb, acc[m]);
-                    }
+        for (int g = 0; g < count && !direct; g++)
+            for (int m = 0; m < n_mat; m++)
+                if (!mm_is_float(mat[m].type)) {
+                    const struct group at = group_of(&mat[m], n_in, first + g, scratch->rows);
+                    struct sink sink = {.panel = scratch->panel + (size_t)g * (size[0] + size[1]) + m * size[0]};
+                    unpacker(mat[m].type, at.packed, 0)((struct src){at.w, at.row_bytes}, nb, &sink);
                 }
-                if (n_mat == 2)
-                    swiglu(acc[0], acc[1], rows * GROUP);
-                store_group(mat, &at, acc[0], row, rows, n_mat == 1);
+        const int n_tiles = (n_rows + most - 1) / most;
+        for (int i = 0; i < n_tiles * count; i++) {
+            // Directly: all rows with a group while it is cached. With panels: all groups with a tile of rows.
+            const int g = direct ? i / n_tiles : i % count, row = most * (direct ? i % n_tiles : i / count);
+            const int rows = MIN(most, n_rows - row);
+            _Alignas(64) float acc[2][TILE * GROUP];
+            struct group at;
+            for (int m = n_mat - 1; m >= 0; m--) {
+                at = group_of(&mat[m], n_in, first + g, scratch->rows);
+                const uint8_t *panel = scratch->panel + (size_t)g * (size[0] + size[1]) + m * size[0];
+                group_tile(&mat[m], &at, first + g + 1 == to, p, packed, row, direct ? NULL : panel, acc[m]);
+                close_up(&at, acc[m], rows);
             }
+            if (n_mat == 2)
+                swiglu(acc[0], acc[1], rows * GROUP);
+            store_group(mat, &at, acc[0], row, rows, n_mat == 1);
         }
     }
 }

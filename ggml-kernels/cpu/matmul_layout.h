@@ -36,6 +36,19 @@ ALWAYS_INLINE size_t mm_row_bytes(int32_t type, int32_t n_in) {
     return 0;
 }
 
+ALWAYS_INLINE size_t mm_block_values(int32_t type) {
+    switch (type) {
+#define MM_CASE(name, number, values, bytes)                                                                           \
+    case number:                                                                                                       \
+        return values;
+        MM_TYPES(MM_CASE)
+#undef MM_CASE
+    }
+    return 1;
+}
+
+ALWAYS_INLINE size_t mm_block_bytes(int32_t type) { return mm_row_bytes(type, (int32_t)mm_block_values(type)); }
+
 ALWAYS_INLINE int mm_is_float(int32_t type) { return type == T_F32 || type == T_F16 || type == T_BF16; }
 
 // Blocks of 32 values have a scale each, or one for each half; and a minimum beside the scale, or none.
@@ -58,13 +71,17 @@ ALWAYS_INLINE enum mm_kind mm_kind_of(int32_t type) {
     }
 }
 
-// ---- Packed rows, form Q8. Rows go in tiles of TILE (the last one has what is left); a tile of h rows of nb blocks is
+// ---- Packed rows, form Q8. Rows go in tiles (the last one has what is left); a tile of h rows of nb blocks is
 //   q    [nb][8][h][4] int8     four values of each row side by side, as vpdpbusd wants them
 //   s    [nb][h] f32            x = s * q
 //   f    [nb][h] f32            s * sum(q), what the weights' minimum is multiplied by
 //   i32  [nb][h] int32          -128 * sum(q): undoes the bias of weights stored as unsigned bytes
 //   i16  [nb][2][h] int32       -32 * sum(q) of each half block
+// Rows of a tile; of up to FEW_ROWS rows, which are multiplied with the weights directly and not with panels of them.
 #define TILE 12
+#define FEW_TILE 4
+#define FEW_ROWS 8
+ALWAYS_INLINE int tile_rows(int n_rows) { return n_rows <= FEW_ROWS ? FEW_TILE : TILE; }
 // Bytes of a row and block.
 #define Q8_BLOCK (32 + 5 * 4)
 
@@ -76,8 +93,9 @@ struct q8_tile {
 };
 
 ALWAYS_INLINE struct q8_tile q8_tile_at(uint8_t *packed, int n_rows, int n_in, int row) {
-    size_t nb = (size_t)n_in / 32, first = (size_t)(row / TILE * TILE);
-    size_t h = (size_t)MIN(TILE, n_rows - (int)first);
+    const int most = tile_rows(n_rows);
+    size_t nb = (size_t)n_in / 32, first = (size_t)(row / most * most);
+    size_t h = (size_t)MIN(most, n_rows - (int)first);
     struct q8_tile t = {.h = (int)h, .q = (int8_t *)packed + first * nb * Q8_BLOCK};
     t.s = (float *)(t.q + 32 * nb * h);
     t.f = t.s + nb * h;

@@ -121,11 +121,20 @@ struct group {
     size_t row_bytes;
     int first, skip; // output of lane 0; lanes below skip belong to the group before
     int lanes;       // outputs of this group end here
+    int packed;
 };
 
-// Group g of a matrix. The last one reaches back to have 16 rows; a matrix of fewer is copied to `rows`.
+// Group g of a matrix. The last one reaches back to have 16 rows; a matrix of fewer is copied to `rows`. Repacked
+// matrices are whole groups.
 static struct group group_of(const struct clsa_matrix *m, int n_in, int g, uint8_t *rows) {
     struct group at = {.row_bytes = mm_row_bytes(m->type, n_in), .lanes = GROUP};
+    if (m->layout == CLSA_LAYOUT_GROUPS) {
+        at.packed = 1;
+        at.first = GROUP * g;
+        at.lanes = MIN(GROUP, m->n_out - at.first);
+        at.w = m->w + (size_t)at.first * at.row_bytes;
+        return at;
+    }
     at.first = MIN(GROUP * g, MAX(m->n_out - GROUP, 0));
     at.skip = GROUP * g - at.first;
     at.w = m->w + (size_t)at.first * at.row_bytes;
@@ -138,14 +147,20 @@ static struct group group_of(const struct clsa_matrix *m, int n_in, int g, uint8
     return at;
 }
 
+// Moves the outputs of a group that reaches back to the front of their rows of acc [rows][16].
+static void close_up(const struct group *g, float *acc, int rows) {
+    for (int r = 0; g->skip > 0 && r < rows; r++)
+        memmove(acc + r * GROUP, acc + r * GROUP + g->skip, sizeof(float) * (size_t)(GROUP - g->skip));
+}
+
 // acc [rows][16] -> y, from row `row` on.
 static void store_group(const struct clsa_matrix *m, const struct group *g, const float *acc, int row, int rows,
                         int with_add) {
-    const int from = g->skip, n = g->lanes - g->skip;
+    const int first = g->first + g->skip, n = g->lanes - g->skip;
     for (int r = 0; r < rows; r++) {
-        float *y = m->y + (size_t)(row + r) * m->y_stride + g->first + from;
-        const float *a = acc + r * GROUP + from;
-        const float *add = with_add && m->add ? m->add + (size_t)(row + r) * m->add_stride + g->first + from : NULL;
+        float *y = m->y + (size_t)(row + r) * m->y_stride + first;
+        const float *a = acc + r * GROUP;
+        const float *add = with_add && m->add ? m->add + (size_t)(row + r) * m->add_stride + first : NULL;
         if (n == GROUP) {
             for (int i = 0; i < GROUP; i += W)
                 v_store(y + i, add ? v_add(v_load(add + i), v_load(a + i)) : v_load(a + i));

@@ -37,10 +37,21 @@ struct clsa_pack {
     uint8_t *packed;   // clsa_packed_bytes(n_rows, n_in, forms), aligned to CLSA_ALIGN
 };
 
+// How weights lie in memory.
+enum clsa_layout {
+    CLSA_LAYOUT_ROWS = 0, // as in the file: [n_out] rows of whole blocks, no gaps
+    // As clsa_repack writes them: rows in groups of 16 (the last one filled up with zeros); of each block, its dwords,
+    // each of 16 rows side by side, then the f16 (if there is one more) of 16 rows. As large as the rows are. Not for
+    // F32, F16, BF16.
+    CLSA_LAYOUT_GROUPS = 1,
+};
+
 struct clsa_matrix {
-    const uint8_t *w; // [n_out] rows of whole blocks, n_in values each, no gaps
+    const uint8_t *w; // n_out x n_in weights
     int32_t type;     // ggml's number
+    int32_t layout;   // enum clsa_layout
     int32_t n_out;
+    int32_t reserved;
     float *y;          // [n_rows][y_stride]
     size_t y_stride;   // floats
     const float *add;  // [n_rows][add_stride], or NULL: y = add + W x. May equal y.
@@ -63,12 +74,17 @@ struct clsa_matmul {
     struct clsa_matrix mat[CLSA_MAX_MATRICES];
 };
 
+// Repacks rows first .. first + 16 * n_groups of a matrix (first: a multiple of 16) to `out`, where group first / 16
+// belongs.
+void clsa_repack(int32_t type, const uint8_t *w, int32_t n_out, int32_t n_in, int32_t first, int32_t n_groups,
+                 uint8_t *out);
+
 size_t clsa_packed_bytes(int32_t n_rows, int32_t n_in, int32_t forms);
 
 size_t clsa_pack_scratch(const struct clsa_pack *p, int nth);
 size_t clsa_matmul_scratch(const struct clsa_matmul *p, int nth);
 
-// As clsa.h says of CLSA_OP. avx512vnni: F, BW, CD, DQ, VL, VNNI and VBMI.
+// As clsa.h says of CLSA_OP. avx512vnni: F, BW, CD, DQ, VL, VNNI, VBMI and VBMI2.
 #define CLSA_MATMUL_ISA(isa)                                                                                           \
     int32_t clsa_matmul_form_##isa(int32_t type);                                                                      \
     void clsa_pack_##isa(const struct clsa_pack *p, int ith, int nth, void *scratch);                                  \

@@ -36,6 +36,7 @@ struct Weights {
     ty: Type,
     n_out: usize,
     bytes: Vec<u8>,
+    repacked: Option<Vec<u8>>,
     values: Vec<f32>, // [n_out][n_in]
 }
 
@@ -45,7 +46,15 @@ impl Weights {
         quant::quantize(ty, &values(n_out * n_in, seed), n_in, None, &mut bytes);
         let mut back = vec![0.0; n_out * n_in];
         quant::dequantize(ty, &bytes, &mut back);
-        Self { ty, n_out, bytes, values: back }
+        let repacked = matmul::repacked_bytes(ty, n_out, n_in).map(|size| {
+            let mut out = vec![0; size];
+            let half = n_out.div_ceil(16) / 2; // in two parts
+            let (a, b) = out.split_at_mut(size / n_out.div_ceil(16) * half);
+            matmul::repack(ty, &bytes, n_out, n_in, 0..half, a);
+            matmul::repack(ty, &bytes, n_out, n_in, half..n_out.div_ceil(16), b);
+            out
+        });
+        Self { ty, n_out, bytes, repacked, values: back }
     }
 }
 
@@ -57,6 +66,8 @@ struct Call<'a> {
     swiglu: bool,
     /// Pack with an op of its own even where matmul could.
     pack: bool,
+    /// Repacked weights.
+    groups: bool,
 }
 
 /// The products of `rows` rows of x on `nth` threads: one vector [rows][n_out] for each matrix (one for swiglu).
@@ -87,7 +98,12 @@ fn product(ops: &Ops, call: &Call, x: &[f32], rows: usize, nth: usize) -> Vec<Ve
     // One column more than there are outputs, to see what is written beside them.
     let mut out: Vec<Vec<f32>> = call.mats.iter().map(|w| vec![7.5; rows * (w.n_out + 1)]).collect();
     for (m, (w, y)) in p.mat.iter_mut().zip(call.mats.iter().zip(&mut out)) {
-        *m = matmul::matrix(w.ty, &w.bytes, w.n_out, n_in, y.as_mut_ptr(), w.n_out + 1);
+        *m = match &w.repacked {
+            Some(r) if call.groups => {
+                matmul::repacked_matrix(w.ty, r, w.n_out, n_in, y.as_mut_ptr(), w.n_out + 1)
+            }
+            _ => matmul::matrix(w.ty, &w.bytes, w.n_out, n_in, y.as_mut_ptr(), w.n_out + 1),
+        };
         if let Some(add) = call.add {
             (m.add, m.add_stride) = (add.as_ptr(), add.len() / rows);
         }
@@ -180,17 +196,25 @@ fn any_type() -> impl Strategy<Value = Type> {
     prop::sample::select(Type::ALL)
 }
 
+/// Values of a row: ragged for float types, up to 20 blocks of 32 or 4 of 256.
+fn width(block_len: usize, blocks: usize) -> usize {
+    match block_len {
+        1 => blocks * 37,
+        32 => blocks * 32,
+        _ => (blocks % 4 + 1) * 256,
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..Default::default() })]
 
     /// Every type, level, ragged shape and number of threads; the way the calls are put together.
     #[test]
     fn products_are_right(
-        ty in any_type(), other in any_type(), blocks in 1usize..5, n_out in 1usize..70, rows in 1usize..40, nth in 1usize..5,
-        seed: u64, norm: bool, add: bool, swiglu: bool, pack: bool,
+        ty in any_type(), other in any_type(), blocks in 1usize..21, n_out in 1usize..70, rows in 1usize..40, nth in 1usize..5,
+        seed: u64, norm: bool, add: bool, swiglu: bool, pack: bool, groups: bool,
     ) {
-        let unit = ty.block_len().max(other.block_len());
-        let n_in = if unit == 1 { blocks * 37 } else { blocks * unit };
+        let n_in = width(ty.block_len().max(other.block_len()), blocks);
         let x = values(rows * n_in, seed ^ 1);
         let (w, v) = (Weights::new(ty, n_out, n_in, seed ^ 2), Weights::new(other, if swiglu { n_out } else { 21 }, n_in, seed ^ 3));
         let weights: Vec<f32> = values(n_in, seed ^ 4).iter().map(|v| 1.0 + v).collect();
@@ -201,6 +225,7 @@ proptest! {
             norm: norm.then_some(&weights),
             swiglu,
             pack,
+            groups,
         };
         for ops in Ops::all() {
             compare(ops, &call, &x, rows, nth);
@@ -210,9 +235,9 @@ proptest! {
     /// A row's bits depend neither on the other rows, nor on the number of threads, nor on who packs, nor on the other matrices.
     #[test]
     fn bits_are_the_rows_own(
-        ty in any_type(), blocks in 1usize..4, n_out in 1usize..50, rows in 2usize..30, nth in 1usize..5, seed: u64,
+        ty in any_type(), blocks in 1usize..21, n_out in 1usize..50, rows in 2usize..30, nth in 1usize..5, seed: u64,
     ) {
-        let n_in = if ty.block_len() == 1 { blocks * 45 } else { blocks * ty.block_len() };
+        let n_in = width(ty.block_len(), blocks);
         let x = values(rows * n_in, seed ^ 1);
         let (w, v) = (Weights::new(ty, n_out, n_in, seed ^ 2), Weights::new(ty, 40, n_in, seed ^ 3));
         let weights = values(n_in, seed ^ 4);
@@ -223,6 +248,8 @@ proptest! {
             for r in [0, rows / 2, rows - 1] {
                 let one = product(ops, &alone, &x[r * n_in..][..n_in], 1, 1);
                 prop_assert_eq!(&one[0][..], &all[1][r * n_out..][..n_out], "{} {} row {} of {}", ops.level, ty, r, rows);
+                let one = product(ops, &Call { groups: true, ..alone.clone() }, &x[r * n_in..][..n_in], 1, nth);
+                prop_assert_eq!(&one[0][..], &all[1][r * n_out..][..n_out], "{} {} repacked, row {}", ops.level, ty, r);
             }
             let few = rows.min(PRIVATE_ROWS);
             let one = product(ops, &alone, &x[..few * n_in], few, 2);
@@ -364,6 +391,7 @@ fn checks_name_what_is_wrong() {
     wrong("0 matrices", &|p| p.n_mat = 0);
     wrong("1 matrices", &|p| p.epilogue = CLSA_EPILOGUE_SWIGLU as i32);
     wrong("gate and up", &|p| (p.n_mat, p.epilogue) = (2, CLSA_EPILOGUE_SWIGLU as i32));
+    wrong("layout 2", &|p| p.mat[0].layout = 2);
     wrong("type 99", &|p| p.mat[0].type_ = 99);
     wrong("no weights", &|p| p.mat[0].w = std::ptr::null());
     wrong("not blocks of Q4_K", &|p| p.mat[0].type_ = Type::Q4_K.to_ggml() as i32);

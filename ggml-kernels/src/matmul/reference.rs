@@ -92,10 +92,25 @@ pub(super) unsafe extern "C" fn matmul(p: *const clsa_matmul, ith: c_int, nth: c
 unsafe fn weights(m: &clsa_matrix, o: usize, n_in: usize) -> Vec<f32> {
     let ty = u32::try_from(m.type_).ok().and_then(quant::Type::from_ggml).expect("checked before the op");
     let bytes = ty.row_bytes(n_in).expect("checked before the op");
-    // SAFETY: the caller's.
-    let row = unsafe { std::slice::from_raw_parts(m.w.add(o * bytes), bytes) };
     let mut w = vec![0.0; n_in];
-    quant::dequantize(ty, row, &mut w);
+    if m.layout == CLSA_LAYOUT_ROWS as i32 {
+        // SAFETY: the caller's.
+        quant::dequantize(ty, unsafe { std::slice::from_raw_parts(m.w.add(o * bytes), bytes) }, &mut w);
+        return w;
+    }
+    // SAFETY: repacked weights are whole groups of 16 rows.
+    let group = unsafe { std::slice::from_raw_parts(m.w.add(o / 16 * 16 * bytes), 16 * bytes) };
+    let (size, o) = (ty.block_bytes(), o % 16);
+    let dwords = size / 4;
+    for (block, w) in group.chunks(16 * size).zip(w.chunks_mut(ty.block_len())) {
+        let mut row: Vec<u8> = (0..dwords).flat_map(|i| &block[64 * i + 4 * o..][..4]).copied().collect();
+        let rest = &block[64 * dwords..];
+        if !rest.is_empty() {
+            let at = if ty.block_len() == 32 { 0 } else { row.len() };
+            row.splice(at..at, rest[2 * o..][..2].iter().copied());
+        }
+        quant::dequantize(ty, &row, w);
+    }
     w
 }
 
