@@ -79,8 +79,10 @@ ALWAYS_INLINE enum mm_kind mm_kind_of(int32_t type) {
 //   i16  [nb][2][h] int32       -32 * sum(q) of each half block
 // Rows of a tile; of up to FEW_ROWS rows, which are multiplied with the weights directly and not with panels of them.
 #define TILE 12
+#ifndef FEW_ROWS
 #define FEW_TILE 4
 #define FEW_ROWS 8
+#endif
 ALWAYS_INLINE int tile_rows(int n_rows) { return n_rows <= FEW_ROWS ? FEW_TILE : TILE; }
 // Bytes of a row and block.
 #define Q8_BLOCK (32 + 5 * 4)

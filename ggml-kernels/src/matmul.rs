@@ -91,6 +91,7 @@ type Form = unsafe extern "C" fn(i32) -> i32;
 fn form_of(level: Level) -> Form {
     match level {
         Level::Avx512 if has_vnni() => clsa_matmul_form_avx512vnni,
+        Level::Avx2 | Level::Avx512 => clsa_matmul_form_avx2,
         _ => reference::form,
     }
 }
@@ -106,20 +107,22 @@ pub const fn kernels(level: Level) -> (Kernel<clsa_pack>, Kernel<clsa_matmul>) {
     match level {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => (pack_avx512, matmul_avx512),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => (clsa_pack_avx2, clsa_matmul_avx2),
         _ => (reference::pack, reference::matmul),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 unsafe extern "C" fn pack_avx512(p: *const clsa_pack, ith: c_int, nth: c_int, scratch: *mut c_void) {
-    let kernel: Kernel<clsa_pack> = if has_vnni() { clsa_pack_avx512vnni } else { reference::pack };
+    let kernel: Kernel<clsa_pack> = if has_vnni() { clsa_pack_avx512vnni } else { clsa_pack_avx2 };
     // SAFETY: the caller's.
     unsafe { kernel(p, ith, nth, scratch) }
 }
 
 #[cfg(target_arch = "x86_64")]
 unsafe extern "C" fn matmul_avx512(p: *const clsa_matmul, ith: c_int, nth: c_int, scratch: *mut c_void) {
-    let kernel: Kernel<clsa_matmul> = if has_vnni() { clsa_matmul_avx512vnni } else { reference::matmul };
+    let kernel: Kernel<clsa_matmul> = if has_vnni() { clsa_matmul_avx512vnni } else { clsa_matmul_avx2 };
     // SAFETY: the caller's.
     unsafe { kernel(p, ith, nth, scratch) }
 }
