@@ -182,7 +182,7 @@ impl BenchArgs {
             threads,
             cache_type_k,
             cache_type_v,
-            routing,
+            routing: routing.into_iter().collect(),
             top_k_tokens: None,
             device: self.device,
             verbose: false,

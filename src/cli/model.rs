@@ -35,9 +35,10 @@ pub struct ModelArgs {
     /// Type of cached values (-ctv)
     #[arg(long, env = "CLSA_CACHE_TYPE_V", value_name = "TYPE", default_value = "f16")]
     pub cache_type_v: CacheTypeArg,
-    /// How cross layers choose positions: clsa, dense, per-layer, every-N, block-B; the model's own without it
-    #[arg(long, env = "CLSA_ROUTING", value_name = "MODE")]
-    pub routing: Option<Routing>,
+    /// How cross layers choose positions: clsa, dense, per-layer, every-N, block-B; the model's own without it. Evaluations compare
+    /// the modes of a list
+    #[arg(long, env = "CLSA_ROUTING", value_name = "MODE", value_delimiter = ',')]
+    pub routing: Vec<Routing>,
     /// Positions that routing selects instead of the model's own k
     #[arg(long, value_name = "K")]
     pub top_k_tokens: Option<usize>,
@@ -112,6 +113,21 @@ impl ModelArgs {
         }
     }
 
+    /// The modes of `--routing`; without it the model's own, which is `None`.
+    #[must_use]
+    pub fn routings(&self) -> Vec<Option<Routing>> {
+        match self.routing.as_slice() {
+            [] => vec![None],
+            modes => modes.iter().copied().map(Some).collect(),
+        }
+    }
+
+    /// The same arguments with this one routing mode.
+    #[must_use]
+    pub fn with_routing(&self, routing: Option<Routing>) -> Self {
+        Self { routing: routing.into_iter().collect(), ..self.clone() }
+    }
+
     /// Rows of a micro-batch.
     fn micro_batch(&self) -> usize {
         let gpu = || crate::backend::cuda::availability().is_ok();
@@ -134,7 +150,7 @@ impl ModelArgs {
             k: self.cache_type_k.into(),
             v: self.cache_type_v.into(),
             index,
-            routing: self.routing,
+            routing: self.routing.first().copied(),
             top_k: self.top_k_tokens,
             ..Options::default()
         };
@@ -155,8 +171,15 @@ impl ModelArgs {
     /// A backend and an engine for `options`; setting `interrupt` stops what runs at the next node.
     ///
     /// # Errors
-    /// What the backend reports; [`Error::Memory`] before anything is allocated when the caches do not fit.
+    /// What the backend reports; [`Error::Memory`] before anything is allocated when the caches do not fit; [`Error::Input`] for a
+    /// list of routing modes, of which an engine has one (see [`Self::with_routing`]).
     pub fn engine(&self, model: &Model, options: &Options, interrupt: Arc<AtomicBool>) -> Result<Engine> {
+        if self.routing.len() > 1 {
+            return Err(Error::Input(format!(
+                "--routing: found {} modes, expected one here: only evaluations compare several",
+                self.routing.len()
+            )));
+        }
         let spec = options.cache_spec();
         let free = placement::free_memory();
         let backend: Box<dyn Backend> = match self.device {

@@ -1,14 +1,14 @@
-//! `clsa eval`: what quantization, sparsity and length cost.
+//! `clsa eval perplexity`.
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clap::{Args, Subcommand};
+use clap::Args;
 use serde_json::{Map, json};
 
-use super::model::ModelArgs;
-use super::{stdout_error, token_bar};
 use crate::backend::Routing;
+use crate::cli::model::ModelArgs;
+use crate::cli::{stdout_error, token_bar};
 use crate::error::{Error, Result};
 use crate::eval::base::{Reader, Writer};
 use crate::eval::divergence::Divergence;
@@ -17,31 +17,14 @@ use crate::interrupt;
 use crate::model::Model;
 use crate::tokenizer::Tokenizer;
 
-/// Arguments of `clsa eval`.
-#[derive(Debug, Args)]
-pub struct EvalArgs {
-    #[command(subcommand)]
-    command: EvalCommand,
-}
-
-/// The evaluations.
-#[derive(Debug, Subcommand)]
-enum EvalCommand {
-    /// Cross-entropy and perplexity of a text, and divergence from reference logits
-    Perplexity(Box<PerplexityArgs>),
-}
-
 /// Arguments of `clsa eval perplexity`.
 #[derive(Debug, Args)]
-struct PerplexityArgs {
+pub struct PerplexityArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// The text; not needed with --kl, whose file has the tokens
     #[arg(short, long, value_name = "FILE", required_unless_present = "kl")]
     file: Option<PathBuf>,
-    /// Routing modes to compare, the first one being the base of the differences
-    #[arg(long, value_name = "LIST", value_delimiter = ',', conflicts_with = "routing")]
-    modes: Vec<Routing>,
     /// Windows at most, for a quick look
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -56,25 +39,16 @@ struct PerplexityArgs {
     json: bool,
 }
 
-/// Runs `clsa eval`.
-///
-/// # Errors
-/// Those of the model and the engine; [`Error::Interrupted`].
-pub fn run(args: &EvalArgs) -> Result<()> {
-    match &args.command {
-        EvalCommand::Perplexity(args) => perplexity(args),
-    }
-}
-
 /// Positions of a window without -c.
 const WINDOW: usize = 2048;
 
-fn perplexity(args: &PerplexityArgs) -> Result<()> {
+/// Runs `clsa eval perplexity`: each mode of `--routing`, the first one being the base of the differences.
+///
+/// # Errors
+/// Those of the model and the engine; [`Error::Interrupted`].
+pub fn run(args: &PerplexityArgs) -> Result<()> {
     let model = args.model.open()?;
-    let mut modes: Vec<_> = args.modes.iter().copied().map(Some).collect();
-    if modes.is_empty() {
-        modes.push(args.model.routing);
-    }
+    let modes = args.model.routings();
     if modes.len() > 1 && args.kl_base.is_some() {
         return Err(Error::Input("--kl-base saves the logits of one routing mode: give one".into()));
     }
@@ -121,11 +95,11 @@ impl PerplexityArgs {
             }
             (None, tokens) => cut.cut(tokens.unwrap_or_default())?,
         };
-        let mut options = self.model.options(model, 1);
+        let of_mode = self.model.with_routing(mode);
+        let mut options = of_mode.options(model, 1);
         options.context = cut.len;
         options.max_outputs = Some(options.max_rows);
-        options.routing = mode;
-        let mut engine = self.model.engine(model, &options, Arc::clone(&interrupt::requested()?))?;
+        let mut engine = of_mode.engine(model, &options, Arc::clone(&interrupt::requested()?))?;
         let mut writer =
             self.kl_base.as_deref().map(|path| Writer::create(path, cut.len, vocab, &windows)).transpose()?;
         let (mut loss, mut divergence, mut losses, mut reference) =
