@@ -1,8 +1,15 @@
 //! Many jobs at a time: chunked prefill between the decode steps of all running sequences, shared prefixes run once.
+pub mod estimate;
 pub mod job;
+pub mod plan;
 pub mod prefix;
+pub mod progress;
 pub mod results;
+pub mod runner;
 pub mod schedule;
+#[cfg(test)]
+mod simulator;
+pub mod store;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,7 +20,7 @@ use self::job::{Ask, Job};
 use self::results::Outcome;
 use crate::error::{Error, Result};
 use crate::generate::{FinishReason, Timings};
-use crate::sampler::{Sampler, StopMatcher};
+use crate::sampler::{Constraint, Sampler, StopMatcher};
 use crate::template::{ChatTemplate, Message, RenderOptions};
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
@@ -57,6 +64,36 @@ fn with_documents(messages: &[Message], documents: &str) -> Result<Vec<Message>,
     Ok(messages)
 }
 
+/// How many of a job's prompt tokens do not depend on what follows its documents: what is worth keeping for other questions. 0 without
+/// documents.
+#[must_use]
+pub fn document_tokens(
+    job: &Job,
+    tokens: &[u32],
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+) -> usize {
+    if job.documents.is_empty() {
+        return 0;
+    }
+    // The same documents before another question: what both prompts begin with.
+    let other =
+        |text: &str| format!("{}?", text.chars().next().map_or('?', |c| if c == 'Q' { 'W' } else { 'Q' }));
+    let ask = match &job.ask {
+        Ask::Prompt(text) => Ask::Prompt(other(text)),
+        Ask::Messages(messages) => {
+            let mut messages = messages.clone();
+            let Some(user) = messages.iter_mut().find(|m| m.role == "user") else { return 0 };
+            let text = other(&user.text().unwrap_or_default());
+            *user = Message { content: text.into(), ..user.clone() };
+            Ask::Messages(messages)
+        }
+    };
+    let job = Job { ask, ..job.clone() };
+    let Ok(other) = tokenize(&job, tokenizer, template) else { return 0 };
+    tokens.iter().zip(&other).take_while(|(a, b)| a == b).count()
+}
+
 /// The answer to one job as it grows.
 pub struct Answering {
     sampler: Sampler,
@@ -67,6 +104,7 @@ pub struct Answering {
     max_tokens: usize,
     prompt_tokens: usize,
     reused: usize,
+    logits: Vec<f32>,
     started: Instant,
     first: Option<Instant>,
 }
@@ -80,16 +118,22 @@ pub enum Next {
 }
 
 impl Answering {
-    /// An answer to `prompt`, of which `reused` tokens were in a cache. Without a seed of its own a job takes one from its name, so that
-    /// it says the same in every run.
+    /// An answer to `prompt`, which `constraint` may bind. Without a seed of its own a job takes one from its name, so that it says
+    /// the same in every run.
     ///
     /// # Errors
     /// Those of the sampler.
-    pub fn new(job: &Job, prompt: &[u32], reused: usize, tokenizer: &Arc<Tokenizer>) -> Result<Self> {
+    pub fn new(
+        job: &Job,
+        prompt: &[u32],
+        tokenizer: &Arc<Tokenizer>,
+        constraint: Option<Box<dyn Constraint>>,
+    ) -> Result<Self> {
         let mut params = job.params.clone();
         params.seed.get_or_insert(xxh3_64(job.id.as_bytes()));
         let mut sampler = Sampler::new(params, Arc::clone(tokenizer))?;
         sampler.set_history(prompt);
+        sampler.set_constraint(constraint);
         Ok(Self {
             sampler,
             decoder: StreamDecoder::new(false),
@@ -98,22 +142,36 @@ impl Answering {
             tokens: 0,
             max_tokens: job.max_tokens,
             prompt_tokens: prompt.len(),
-            reused,
+            reused: 0,
+            logits: vec![],
             started: Instant::now(),
             first: None,
         })
+    }
+
+    /// Says how many prompt tokens were in a cache.
+    pub fn set_reused(&mut self, reused: usize) {
+        self.reused = reused;
+    }
+
+    /// Tokens so far.
+    #[must_use]
+    pub fn generated(&self) -> usize {
+        self.tokens
     }
 
     /// Takes the logits after the prompt, or after the last token.
     ///
     /// # Errors
     /// Those of the sampler.
-    pub fn next(&mut self, logits: &mut [f32], tokenizer: &Tokenizer) -> Result<Next> {
+    pub fn next(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<Next> {
         self.first.get_or_insert_with(Instant::now);
         if self.max_tokens == 0 {
             return Ok(Next::Done(FinishReason::Length));
         }
-        let token = self.sampler.sample(logits)?;
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        let token = self.sampler.sample(&mut self.logits)?;
         if tokenizer.is_stop(token) {
             return Ok(Next::Done(FinishReason::Stop));
         }
@@ -158,5 +216,5 @@ impl Answering {
 /// Whether an error is the job's own, so that the others go on.
 #[must_use]
 pub fn is_of_the_job(e: &Error) -> bool {
-    matches!(e, Error::Sampler(_) | Error::Tokenizer(_) | Error::ContextFull { .. } | Error::Input(_))
+    matches!(e, Error::Sampler(_) | Error::Tokenizer(_) | Error::ContextFull { .. })
 }

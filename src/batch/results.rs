@@ -1,5 +1,5 @@
 //! The results file: one JSON line a job, appended and synced as each job ends.
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -29,44 +29,54 @@ pub struct Outcome {
 
 /// A results file.
 pub struct Results {
-    file: File,
-    path: PathBuf,
+    out: Lines,
     finished: HashSet<String>,
+    ordered: Option<Ordered>,
+}
+
+/// Results that came before their turn are kept in a file of their own, `OUT.early`, so that nothing is lost.
+struct Ordered {
+    early: Lines,
+    /// Lines of that file which are not yet in the results, by id.
+    kept: HashMap<String, String>,
+    /// Ids in their order, the next one last.
+    order: Vec<String>,
 }
 
 impl Results {
     /// Opens or makes the file, and learns which jobs it has. A last line that was not written whole is cut off.
     ///
+    /// With `order`, the ids in the order of the input, results are written in it; those that come before their turn wait in
+    /// `OUT.early`. Without it what waits there is taken over.
+    ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Input`] for a line that is no result, with its number.
-    pub fn open(path: &Path) -> Result<Self> {
-        let io = |source| Error::Io { path: path.to_owned(), source };
-        let mut file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(io)?;
-        let (mut finished, mut whole, mut line, mut number) = (HashSet::new(), 0, vec![], 0);
-        let mut reader = BufReader::new(&file);
-        loop {
-            line.clear();
-            number += 1;
-            let n = reader.read_until(b'\n', &mut line).map_err(io)?;
-            if n == 0 || line.last() != Some(&b'\n') {
-                break;
-            }
-            let id = serde_json::from_slice::<Value>(&line).ok().and_then(|v| {
-                let id = v.get("custom_id").or_else(|| v.get("id"))?;
-                Some(id.as_str()?.to_owned())
-            });
-            let Some(id) = id else {
-                let what =
-                    format!("{}: line {number} is no result of a batch: move the file away", path.display());
-                return Err(Error::Input(what));
-            };
-            finished.insert(id);
-            whole += n as u64;
+    /// [`Error::Io`]; [`Error::Input`] for a line that is no result, with its number, and for what is no regular file.
+    pub fn open(path: &Path, order: Option<Vec<String>>) -> Result<Self> {
+        let (out, lines) = Lines::open(path)?;
+        let finished = lines.into_iter().map(|(id, _)| id).collect();
+        let mut results = Self { out, finished, ordered: None };
+        let aside = early_path(path);
+        if order.is_none() && !aside.exists() {
+            return Ok(results);
         }
-        drop(reader);
-        file.set_len(whole).map_err(io)?;
-        file.seek(SeekFrom::End(0)).map_err(io)?;
-        Ok(Self { file, path: path.to_owned(), finished })
+        let (early, lines) = Lines::open(&aside)?;
+        let kept: HashMap<_, _> =
+            lines.into_iter().filter(|(id, _)| !results.finished.contains(id)).collect();
+        results.finished.extend(kept.keys().cloned());
+        match order {
+            Some(mut order) => {
+                order.reverse();
+                order.retain(|id| !results.finished.contains(id) || kept.contains_key(id));
+                results.ordered = Some(Ordered { early, kept, order });
+                results.catch_up()?;
+            }
+            None => {
+                let all: String = kept.into_values().collect();
+                results.out.append(&all)?;
+                early.remove()?;
+            }
+        }
+        Ok(results)
     }
 
     /// Whether the job has a result already.
@@ -84,17 +94,125 @@ impl Results {
             Form::Plain => plain(id, outcome),
             Form::OpenAi => open_ai(id, outcome),
         };
+        let line = format!("{value}\n");
+        match &mut self.ordered {
+            Some(ordered) if ordered.order.last().is_none_or(|next| next != id) => {
+                ordered.early.append(&line)?;
+                ordered.kept.insert(id.to_owned(), line);
+            }
+            Some(ordered) => {
+                self.out.append(&line)?;
+                ordered.order.pop();
+                self.catch_up()?;
+            }
+            None => self.out.append(&line)?,
+        }
+        self.finished.insert(id.to_owned());
+        Ok(())
+    }
+
+    /// Writes the results whose turn has come.
+    fn catch_up(&mut self) -> Result<()> {
+        let Some(ordered) = &mut self.ordered else { return Ok(()) };
+        let mut lines = String::new();
+        let mut n = 0;
+        while let Some(line) = ordered.order.iter().rev().nth(n).and_then(|id| ordered.kept.get(id)) {
+            lines += line;
+            n += 1;
+        }
+        if n > 0 {
+            self.out.append(&lines)?;
+            for id in ordered.order.split_off(ordered.order.len() - n) {
+                ordered.kept.remove(&id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the file: what came before its turn is written behind the rest when `all` jobs have been tried, and otherwise waits.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn close(mut self, all: bool) -> Result<()> {
+        let Some(mut ordered) = self.ordered.take() else { return Ok(()) };
+        if all {
+            // Jobs that could not be done leave gaps.
+            let kept = ordered.order.iter().rev().filter_map(|id| ordered.kept.remove(id));
+            let lines: String = kept.collect();
+            self.out.append(&lines)?;
+        }
+        if ordered.kept.is_empty() { ordered.early.remove() } else { Ok(()) }
+    }
+}
+
+/// Where results of `path` wait for their turn.
+fn early_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".early");
+    name.into()
+}
+
+/// A file of JSON lines that is only appended to.
+struct Lines {
+    file: File,
+    path: PathBuf,
+}
+
+impl Lines {
+    /// Opens or makes the file; returns its lines with their ids.
+    fn open(path: &Path) -> Result<(Self, Vec<(String, String)>)> {
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) {
+            return Err(Error::Input(format!(
+                "{}: no regular file: results must stay, so that an interrupted run can go on",
+                path.display()
+            )));
+        }
+        let mut file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(io)?;
+        let (mut lines, mut whole, mut line) = (vec![], 0, vec![]);
+        let mut reader = BufReader::new(&file);
+        loop {
+            line.clear();
+            let n = reader.read_until(b'\n', &mut line).map_err(io)?;
+            if n == 0 || line.last() != Some(&b'\n') {
+                break;
+            }
+            let id = serde_json::from_slice::<Value>(&line).ok().and_then(|v| {
+                let id = v.get("custom_id").or_else(|| v.get("id"))?;
+                Some(id.as_str()?.to_owned())
+            });
+            let (Some(id), Ok(text)) = (id, String::from_utf8(line.clone())) else {
+                let number = lines.len() + 1;
+                let what =
+                    format!("{}: line {number} is no result of a batch: move the file away", path.display());
+                return Err(Error::Input(what));
+            };
+            lines.push((id, text));
+            whole += n as u64;
+        }
+        drop(reader);
+        file.set_len(whole).map_err(io)?;
+        file.seek(SeekFrom::End(0)).map_err(io)?;
+        Ok((Self { file, path: path.to_owned() }, lines))
+    }
+
+    /// Appends whole lines; they are on disk when this returns. On an error the file is as it was before.
+    fn append(&mut self, lines: &str) -> Result<()> {
+        if lines.is_empty() {
+            return Ok(());
+        }
         let before = self.file.stream_position();
         let written = before.and_then(|before| {
-            let line = format!("{value}\n");
-            self.file.write_all(line.as_bytes()).and_then(|()| self.file.sync_data()).inspect_err(|_| {
+            self.file.write_all(lines.as_bytes()).and_then(|()| self.file.sync_data()).inspect_err(|_| {
                 // Best effort: a torn line is also cut off at the next start.
                 let _ = self.file.set_len(before);
             })
         });
-        written.map_err(|source| Error::Io { path: self.path.clone(), source })?;
-        self.finished.insert(id.to_owned());
-        Ok(())
+        written.map_err(|source| Error::Io { path: self.path.clone(), source })
+    }
+
+    fn remove(self) -> Result<()> {
+        std::fs::remove_file(&self.path).map_err(|source| Error::Io { path: self.path, source })
     }
 }
 
@@ -162,14 +280,14 @@ mod tests {
     fn results_are_found_again_and_torn_lines_are_cut_off() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("r.jsonl");
-        let mut results = Results::open(&path).unwrap();
+        let mut results = Results::open(&path, None).unwrap();
         results.push("a", Form::Plain, &Ok(outcome())).unwrap();
         results.push("b", Form::OpenAi, &Err("bad".into())).unwrap();
         drop(results);
         let whole = std::fs::read(&path).unwrap();
         for cut in 1..20 {
             std::fs::write(&path, [&whole[..], &whole[..cut.min(whole.len())]].concat()).unwrap();
-            let results = Results::open(&path).unwrap();
+            let results = Results::open(&path, None).unwrap();
             assert!(results.has("a") && results.has("b") && !results.has("c"));
             assert_eq!(std::fs::read(&path).unwrap(), whole);
         }
@@ -180,7 +298,57 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notes.txt");
         std::fs::write(&path, "my notes\n").unwrap();
-        assert!(Results::open(&path).is_err());
+        assert!(Results::open(&path, None).is_err());
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "my notes\n");
+    }
+
+    fn ids(path: &Path) -> Vec<String> {
+        let text = std::fs::read_to_string(path).unwrap();
+        text.lines()
+            .map(|l| serde_json::from_str::<Value>(l).unwrap()["id"].as_str().unwrap().to_owned())
+            .collect()
+    }
+
+    #[test]
+    fn ordered_results_wait_for_their_turn_and_survive() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r.jsonl");
+        let order = || Some(["a", "b", "c", "d", "e"].map(String::from).to_vec());
+        let mut results = Results::open(&path, order()).unwrap();
+        let push = |results: &mut Results, id: &str| results.push(id, Form::Plain, &Ok(outcome())).unwrap();
+        push(&mut results, "c");
+        push(&mut results, "b");
+        assert!(ids(&path).is_empty() && results.has("c"));
+        push(&mut results, "a");
+        assert_eq!(ids(&path), ["a", "b", "c"]);
+        push(&mut results, "e");
+        // Killed here; what waits is known again, in either mode.
+        drop(results);
+        let mut results = Results::open(&path, order()).unwrap();
+        assert!(results.has("e") && !results.has("d"));
+        push(&mut results, "d");
+        assert_eq!(ids(&path), ["a", "b", "c", "d", "e"]);
+        results.close(true).unwrap();
+        assert!(!early_path(&path).exists());
+
+        let path = dir.path().join("s.jsonl");
+        let mut results = Results::open(&path, order()).unwrap();
+        push(&mut results, "b");
+        drop(results);
+        let results = Results::open(&path, None).unwrap();
+        assert!(results.has("b") && !early_path(&path).exists());
+        assert_eq!(ids(&path), ["b"]);
+
+        // A job that could not be done leaves a gap.
+        let path = dir.path().join("t.jsonl");
+        let mut results = Results::open(&path, order()).unwrap();
+        ["e", "b", "a", "d"].iter().for_each(|id| push(&mut results, id));
+        results.close(true).unwrap();
+        assert_eq!(ids(&path), ["a", "b", "d", "e"]);
+    }
+
+    #[test]
+    fn devices_are_refused() {
+        assert!(matches!(Results::open(Path::new("/dev/full"), None), Err(Error::Input(_))));
     }
 }

@@ -11,7 +11,7 @@ use super::format::Format;
 use super::route::Looked;
 use crate::error::{Error, Result};
 use crate::generate::{self, Answer, FinishReason, Limits, generate};
-use crate::sampler::{Sampler, SamplerParams, SamplerState};
+use crate::sampler::{Grammar, GrammarCompiler, Sampler, SamplerParams, SamplerState};
 use crate::session::{FileError, Identity, Session, SessionFile};
 use crate::tokenizer::{Prompt, Tokenizer};
 
@@ -28,6 +28,8 @@ pub struct Talk {
     pub limits: Limits,
     /// Drops the oldest turns whole when the context is full, instead of an error.
     pub context_shift: bool,
+    /// What every answer must look like.
+    grammar: Option<(GrammarCompiler, Grammar)>,
     known: Option<Known>,
 }
 
@@ -110,6 +112,7 @@ impl Talk {
             conversation: Conversation::default(),
             limits: Limits::default(),
             context_shift: false,
+            grammar: None,
             known: None,
         })
     }
@@ -168,6 +171,17 @@ impl Talk {
         Ok(())
     }
 
+    /// Lets only answers come that `grammar` allows.
+    ///
+    /// # Errors
+    /// A grammar that cannot be used.
+    pub fn set_grammar(&mut self, grammar: &Grammar) -> Result<()> {
+        let compiler = GrammarCompiler::new(&self.tokenizer)?;
+        compiler.compile(grammar)?;
+        self.grammar = Some((compiler, grammar.clone()));
+        Ok(())
+    }
+
     /// Tokens of a text, as a document would take.
     ///
     /// # Errors
@@ -193,6 +207,8 @@ impl Talk {
     /// the engine. The conversation then still awaits the answer.
     pub fn answer(&mut self, audience: &mut impl Audience) -> Result<Turn> {
         let mut turn: Option<Turn> = None;
+        let constraint = self.grammar.as_ref().map(|(compiler, grammar)| compiler.compile(grammar));
+        self.sampler.set_constraint(constraint.transpose()?);
         loop {
             let made = turn.as_ref().map_or(&[][..], |t| &t.answer.tokens);
             let mut rendered = self.fitting(made.len(), turn.is_some(), audience)?;

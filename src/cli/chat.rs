@@ -7,7 +7,9 @@ use std::sync::mpsc::channel;
 
 use clap::Args;
 
+use super::grammar::GrammarArgs;
 use super::model::ModelArgs;
+use super::read_text;
 use super::sampling::SamplingArgs;
 use crate::chat::app::App;
 use crate::chat::editor::{LineEditor, history_path};
@@ -74,14 +76,6 @@ impl FormatArgs {
     }
 }
 
-fn read_text(path: &std::path::Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => Error::Input(format!("{}: no such file", path.display())),
-        io::ErrorKind::InvalidData => Error::Input(format!("{}: not UTF-8 text", path.display())),
-        _ => Error::Io { path: path.to_owned(), source: e },
-    })
-}
-
 /// Arguments of `clsa chat`.
 #[derive(Debug, Args)]
 pub struct ChatArgs {
@@ -120,6 +114,8 @@ pub struct ChatArgs {
     #[arg(long)]
     fold_reasoning: bool,
     #[command(flatten)]
+    grammar: GrammarArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -131,6 +127,8 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     let _mode = terminal::ModeGuard::new();
     let interactive = terminal::is_interactive() && !args.single_turn;
     // Before the model is touched, so that a pipe that brings nothing costs nothing.
+    args.grammar.check(&args.stop, args.ignore_eos)?;
+    let grammar = args.grammar.grammar()?;
     let message = args.message(interactive)?;
     let stop = Arc::new(AtomicBool::new(false));
     let (events, received) = channel();
@@ -147,6 +145,9 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     talk.limits.stop.clone_from(&args.stop);
     talk.limits.ignore_eos = args.ignore_eos;
     talk.context_shift = args.context_shift;
+    if let Some(grammar) = &grammar {
+        talk.set_grammar(grammar)?;
+    }
     let title = title(&talk);
 
     let look = args.look();

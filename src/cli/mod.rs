@@ -6,6 +6,7 @@ pub mod completions;
 pub mod convert;
 pub mod devices;
 pub mod eval;
+pub mod grammar;
 pub mod inspect;
 pub mod model;
 pub mod prefill;
@@ -18,6 +19,7 @@ pub mod verify;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
+use std::path::Path;
 
 use clap::{Parser, Subcommand, builder::RangedU64ValueParser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -139,6 +141,15 @@ const SHORT_FLAGS: [(&str, &str); 10] = [
 /// Reads a number of threads, from `least` to what any machine here can use; more would only exhaust it.
 pub(crate) fn threads_from(least: u64) -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(least..=512)
+}
+
+/// Reads a text file that was named on the command line.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => Error::Input(format!("{}: no such file", path.display())),
+        io::ErrorKind::InvalidData => Error::Input(format!("{}: not UTF-8 text", path.display())),
+        _ => Error::Io { path: path.to_owned(), source: e },
+    })
 }
 
 /// An error of writing results.

@@ -8,13 +8,14 @@ use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::json;
 
+use super::grammar::GrammarArgs;
 use super::model::ModelArgs;
 use super::sampling::SamplingArgs;
 use super::{stdout_error, token_bar};
 use crate::error::{Error, Result};
 use crate::generate::{Answer, FinishReason, Limits, Listener, generate};
 use crate::interrupt;
-use crate::sampler::Sampler;
+use crate::sampler::{GrammarCompiler, Sampler};
 use crate::session::Session;
 use crate::tokenizer::Tokenizer;
 
@@ -45,6 +46,8 @@ pub struct RunArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    grammar: GrammarArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -54,14 +57,19 @@ pub struct RunArgs {
 /// Those of the model, the engine and the sampler; [`Error::Interrupted`] after what was said until then.
 pub fn run(args: &RunArgs) -> Result<()> {
     let stop = interrupt::requested()?;
+    args.grammar.check(&args.stop, args.ignore_eos)?;
+    let grammar = args.grammar.grammar()?;
     let text = args.text()?;
     let model = args.model.open()?;
     let tokenizer = Arc::new(Tokenizer::from_gguf(&model.file)?);
     let prompt = tokenizer.begin(tokenizer.encode(&text, !args.no_special)?);
     let params = args.sampling.params(&model.file)?;
+    let mut sampler = Sampler::new(params, Arc::clone(&tokenizer))?;
+    if let Some(grammar) = &grammar {
+        sampler.set_constraint(Some(GrammarCompiler::new(&tokenizer)?.compile(grammar)?));
+    }
     let options = args.model.options(&model, 1);
     let mut session = Session::new(args.model.engine(&model, &options, stop)?)?;
-    let mut sampler = Sampler::new(params, Arc::clone(&tokenizer))?;
     let limits = Limits {
         max_tokens: args.n_predict,
         stop: args.stop.clone(),

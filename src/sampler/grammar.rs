@@ -91,7 +91,7 @@ impl GrammarCompiler {
     /// [`Error::Grammar`] for a grammar that is wrong or too large.
     pub fn compile(&self, grammar: &Grammar) -> Result<Box<dyn Constraint>> {
         let grammar = match grammar {
-            Grammar::JsonSchema(schema) => TopLevelGrammar::from_json_schema(schema.clone()),
+            Grammar::JsonSchema(schema) => TopLevelGrammar::from_json_schema(with_short_spaces(schema)),
             Grammar::Lark(text) => TopLevelGrammar::from_lark(text.clone()),
             Grammar::Regex(text) => TopLevelGrammar::from_regex(text),
         };
@@ -102,6 +102,22 @@ impl GrammarCompiler {
         }
     }
 }
+
+/// The schema with a bound on the space between two tokens of JSON, where it has none of its own: a model that likes spaces would
+/// write nothing else until its answer is cut off.
+fn with_short_spaces(schema: &Value) -> Value {
+    let mut schema = schema.clone();
+    if let Value::Object(object) = &mut schema {
+        let options = object.entry("x-guidance").or_insert_with(|| json!({}));
+        if let Value::Object(options) = options {
+            options.entry("whitespace_pattern").or_insert_with(|| json!(SPACE));
+        }
+    }
+    schema
+}
+
+/// A few blanks, or one new line with its indentation.
+const SPACE: &str = r"[ \t]{1,4}|\r?\n[ \t]{0,64}";
 
 /// The bytes of a token as llguidance wants them: control tokens after a byte that no text has.
 fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
@@ -240,6 +256,21 @@ mod tests {
             }
         }
         assert!(ended[0] > 10 && ended[1] > 10, "{ended:?}");
+    }
+
+    #[test]
+    fn space_in_json_ends() {
+        let (compiler, t) = (compiler(), tokenizer());
+        let blank = t.encode(" ", false).unwrap()[0];
+        for schema in [json!({}), json!({"type": "array"}), json!({"x-guidance": {"item_separator": ","}})] {
+            let mut constraint = compiler.compile(&Grammar::JsonSchema(schema)).unwrap();
+            constraint.accept(t.encode("[", false).unwrap()[0]).unwrap();
+            let spaces = (0..20).take_while(|_| {
+                let more = constraint.mask().unwrap().contains(blank);
+                more && constraint.accept(blank).is_ok()
+            });
+            assert_eq!(spaces.count(), 4);
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::engine::{Engine, SeqId};
 use crate::error::{Error, Result};
 
-pub use file::{Contents, Error as FileError, SessionFile, VERSION};
+pub use file::{Contents, Error as FileError, SessionFile, VERSION, write};
 pub use identity::{Identity, model_hash};
 
 /// A sequence together with the tokens that its cache holds.

@@ -2,6 +2,7 @@
 mod bench;
 mod run;
 mod signals;
+mod structured;
 mod usage;
 
 use std::ffi::OsStr;
