@@ -74,9 +74,11 @@ lint: build-deps
 	$(CARGO) clippy --release --workspace --all-targets $(CARGO_FLAGS) -- -D warnings
 	tools/format-c --check
 
-## Run the benchmarks on a tiny model and look at the answers, not at the times
-bench-smoke: build-deps
-	$(CARGO) test --release --test cli $(CARGO_FLAGS) -- bench::
+## Run the benchmarks on tiny models: fails when a result is wrong, not when it is slow; then count the C kernels' instructions
+bench-smoke: build
+	@tools/build-deps bench
+	tools/bench-smoke $(CLSA)
+	tools/instruction-counts
 
 ## Time every GPU kernel against its limit; results are checked first
 bench-gpu: build-deps

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::backend::{Backend, Batch, Routing};
 use crate::cache::{CacheSpec, CacheType, PAGE, PagePool, PageTables, RandomRows, pools, ring_len};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::model::{Model, forward};
 
@@ -131,16 +132,7 @@ impl Engine {
         let routing =
             options.routing.unwrap_or(if c.indexer.is_some() { Routing::Clsa } else { Routing::Dense });
         let top_k = options.top_k.unwrap_or(c.indexer.map_or(0, |ix| ix.top_k));
-        if c.indexer.is_none() && routing != Routing::Dense {
-            return Err(Error::Input(format!(
-                "routing '{routing}' needs an indexer, which this model has not: use --routing dense"
-            )));
-        }
-        if routing != Routing::Dense && top_k == 0 {
-            return Err(Error::Input(
-                "top-k routing needs at least one position: raise --top-k-tokens".into(),
-            ));
-        }
+        check_routing(c, routing, top_k)?;
         Ok(Self {
             routing,
             top_k,
@@ -172,6 +164,11 @@ impl Engine {
         &*self.backend
     }
 
+    /// The same, to change what does not concern its sequences.
+    pub fn backend_mut(&mut self) -> &mut dyn Backend {
+        &mut *self.backend
+    }
+
     /// The caches.
     #[must_use]
     pub fn spec(&self) -> &CacheSpec {
@@ -182,6 +179,16 @@ impl Engine {
     #[must_use]
     pub fn routing(&self) -> (Routing, usize) {
         (self.routing, self.top_k)
+    }
+
+    /// Changes the routing mode and the k of top-k from the next batch on. The caches stay: what they hold depends on neither.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn set_routing(&mut self, routing: Routing, top_k: usize) -> Result<()> {
+        check_routing(&self.model.config, routing, top_k)?;
+        (self.routing, self.top_k) = (routing, top_k);
+        Ok(())
     }
 
     /// Positions that a sequence may hold.
@@ -591,6 +598,19 @@ impl Engine {
     fn sequence_mut(&mut self, seq: SeqId) -> &mut Sequence {
         self.sequences[seq.0 as usize].as_mut().expect("a live sequence")
     }
+}
+
+/// Whether a model can choose positions so.
+fn check_routing(c: &Config, routing: Routing, top_k: usize) -> Result<()> {
+    if c.indexer.is_none() && routing != Routing::Dense {
+        return Err(Error::Input(format!(
+            "routing '{routing}' needs an indexer, which this model has not: use --routing dense"
+        )));
+    }
+    if routing != Routing::Dense && top_k == 0 {
+        return Err(Error::Input("top-k routing needs at least one position: raise --top-k-tokens".into()));
+    }
+    Ok(())
 }
 
 /// Positions between the checkpoints that prefill takes by itself.

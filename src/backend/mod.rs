@@ -7,8 +7,10 @@ pub mod cuda;
 pub mod ggml;
 pub mod reference;
 
+use serde::{Deserialize, Serialize};
+
 use crate::cache::PageTables;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// How cross-decoder layers choose the positions they attend to (model.md section 2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,6 +60,84 @@ pub struct Memory {
     pub scratch: u64,
 }
 
+/// A stage of a step or prompt, for [`Backend::timings`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// Rows of the embedding matrix.
+    Embedding,
+    /// Norm, q, k, v and output projections of the self-decoder, and what rotates and stores k and v.
+    SelfProjections,
+    /// Attention of the self-decoder, or of a Transformer.
+    SelfAttention,
+    /// Gated feed-forward.
+    FeedForward,
+    /// Norm and projections of the shared K, V and index key, and storing them.
+    SharedMemory,
+    /// Index query, and the scores of all index keys.
+    Scoring,
+    /// Selection of the best positions.
+    TopK,
+    /// Norm, q and output projections of the cross-decoder.
+    CrossProjections,
+    /// Attention of the cross-decoder to the selected, or all, positions.
+    CrossAttention,
+    /// Last norm and output matrix.
+    Logits,
+    /// Choosing a token.
+    Sampling,
+    /// Everything between.
+    Other,
+}
+
+impl Stage {
+    /// Every part, in the order of a step.
+    pub const ALL: [Self; 12] = [
+        Self::Embedding,
+        Self::SelfProjections,
+        Self::SelfAttention,
+        Self::FeedForward,
+        Self::SharedMemory,
+        Self::Scoring,
+        Self::TopK,
+        Self::CrossProjections,
+        Self::CrossAttention,
+        Self::Logits,
+        Self::Sampling,
+        Self::Other,
+    ];
+}
+
+impl std::fmt::Display for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Embedding => "embedding",
+            Self::SelfProjections => "self projections",
+            Self::SelfAttention => "self attention",
+            Self::FeedForward => "feed forward",
+            Self::SharedMemory => "shared memory",
+            Self::Scoring => "scoring",
+            Self::TopK => "top-k",
+            Self::CrossProjections => "cross projections",
+            Self::CrossAttention => "cross attention",
+            Self::Logits => "logits",
+            Self::Sampling => "sampling",
+            Self::Other => "other",
+        })
+    }
+}
+
+/// What one stage of a step took.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Timing {
+    /// The stage.
+    pub stage: Stage,
+    /// The layer, where the stage belongs to one.
+    pub layer: Option<usize>,
+    /// Its time.
+    pub seconds: f64,
+}
+
 /// The verbs of a model on one device.
 ///
 /// Layer indices run over the whole model: self-decoder `0..n_self`, cross-decoder `n_self..n_layer`.
@@ -88,6 +168,19 @@ pub trait Backend: Send {
     fn logits(&mut self) -> Result<()>;
     /// Runs what was recorded; returns the logits of the output rows, `[outputs.len()][vocab]`.
     fn finish(&mut self) -> Result<&[f32]>;
+
+    /// Starts or stops the clock on the stages of a step.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where a backend has none.
+    fn set_timing(&mut self, on: bool) -> Result<()> {
+        let none = || Error::Input(format!("{} has no clock for the stages of a step", self.describe()));
+        if on { Err(none()) } else { Ok(()) }
+    }
+    /// What each stage of the last [`Self::finish`] took, in the order of the verbs; empty unless the clock is on.
+    fn timings(&mut self) -> Result<Vec<Timing>> {
+        Ok(vec![])
+    }
 
     /// Positions that the last [`Self::route`] selected for output row `output` (index into `Batch::outputs`), ascending.
     /// Empty when nothing was routed.

@@ -1,26 +1,37 @@
 //! Timing of prefill and decode, in llama-bench's manner.
+pub mod breakdown;
+pub mod chart;
+pub mod check;
+pub mod contest;
+pub mod limits;
 pub mod list;
 pub mod peer;
+pub mod plot;
 pub mod report;
 
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use crate::backend::Routing;
 use crate::engine::{Engine, SeqId};
 use crate::error::Result;
 
-/// What one row of the table times.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// What one row of the table times. Data formats call the fields as llama-bench does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Test {
     /// Tokens of prompt to process.
+    #[serde(rename = "n_prompt")]
     pub prompt: usize,
     /// Tokens to generate.
+    #[serde(rename = "n_gen")]
     pub generate: usize,
     /// Positions in the cache before.
+    #[serde(rename = "n_depth")]
     pub depth: usize,
     /// Sequences at a time.
+    #[serde(rename = "n_sequences")]
     pub sequences: usize,
 }
 
@@ -56,12 +67,12 @@ impl Test {
 }
 
 /// How caches come to hold the depth.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Fill {
-    /// By processing a prompt of that length.
+    /// Process a prompt of that length
     Prefill,
-    /// By random rows, marked in the output: quick, and decode costs the same.
+    /// Random rows, marked in the output: quick, and a step costs the same
     Random,
 }
 
@@ -92,17 +103,44 @@ impl Tokens {
 pub struct Bench {
     engine: Engine,
     tokens: Tokens,
+    /// Prompt tokens handed over at a time.
+    batch: usize,
     /// Sequences at `depth`, from the last test.
     ready: Vec<SeqId>,
     depth: usize,
 }
 
 impl Bench {
-    /// Wraps an engine.
+    /// Wraps an engine. Prompts are handed over `batch` tokens at a time (0: at once); the logits of the last of them are computed.
     #[must_use]
-    pub fn new(engine: Engine) -> Self {
+    pub fn new(engine: Engine, batch: usize) -> Self {
         let tokens = Tokens::new(engine.model().config.vocab);
-        Self { engine, tokens, ready: vec![], depth: 0 }
+        let batch = if batch == 0 { usize::MAX } else { batch };
+        Self { engine, tokens, batch, ready: vec![], depth: 0 }
+    }
+
+    /// Changes the routing mode; what the caches hold serves every mode.
+    ///
+    /// # Errors
+    /// As [`Engine::set_routing`].
+    pub fn set_routing(&mut self, routing: Routing) -> Result<()> {
+        let (_, top_k) = self.engine.routing();
+        self.engine.set_routing(routing, top_k)
+    }
+
+    /// Prompt tokens handed over at a time; 0: all at once.
+    #[must_use]
+    pub fn batch(&self) -> usize {
+        if self.batch == usize::MAX { 0 } else { self.batch }
+    }
+
+    /// Compares the engine with the reference, in its present mode. See [`check::against_reference`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&mut self) -> Result<f64> {
+        self.forget();
+        check::against_reference(&mut self.engine)
     }
 
     /// The engine underneath.
@@ -119,7 +157,7 @@ impl Bench {
         if self.depth == test.depth && self.ready.len() == test.sequences {
             return Ok(());
         }
-        self.ready.drain(..).for_each(|seq| self.engine.free(seq));
+        self.forget();
         for i in 0..test.sequences {
             let seq = self.engine.create()?;
             match fill {
@@ -147,7 +185,9 @@ impl Bench {
         if test.prompt > 0 {
             for &seq in &sequences {
                 let prompt = self.tokens.take(test.prompt);
-                self.engine.prefill(seq, &prompt, |_| ControlFlow::Continue(()))?;
+                for part in prompt.chunks(self.batch) {
+                    self.engine.prefill(seq, part, |_| ControlFlow::Continue(()))?;
+                }
             }
         }
         let prompt_seconds = started.elapsed().as_secs_f64();
@@ -157,14 +197,25 @@ impl Bench {
             self.engine.step(&rows)?;
         }
         let generate_seconds = started.elapsed().as_secs_f64();
-        for &seq in &sequences {
+        self.rewind(test)?;
+        Ok((prompt_seconds, generate_seconds))
+    }
+
+    /// Ends the sequences of the last test.
+    fn forget(&mut self) {
+        self.ready.drain(..).for_each(|seq| self.engine.free(seq));
+    }
+
+    /// Back to the prepared depth.
+    fn rewind(&mut self, test: &Test) -> Result<()> {
+        for &seq in &self.ready {
             let at = self.engine.rewind(seq, test.depth)?;
             if at != test.depth {
                 // The windows moved on and no checkpoint was kept: prepare anew next time.
                 self.depth = usize::MAX;
             }
         }
-        Ok((prompt_seconds, generate_seconds))
+        Ok(())
     }
 }
 

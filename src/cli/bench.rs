@@ -1,17 +1,21 @@
 //! `clsa bench`: tokens per second of prompt processing and generation.
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::Args;
+use indicatif::ProgressBar;
 
 use super::model::{CacheTypeArg, Device, ModelArgs};
-use super::stdout_error;
+use super::{stdout_error, token_bar};
 use crate::backend::Routing;
+use crate::bench::contest::{Contest, Plan, Samples, Way};
+use crate::bench::limits::{self, Machine};
 use crate::bench::peer::Peer;
-use crate::bench::report::{Columns, Format, Report, Row};
-use crate::bench::{Bench, Fill, Test, list, mean_and_deviation, median};
+use crate::bench::report::{self, Columns, Format, Report, Row};
+use crate::bench::{Bench, Fill, Test, chart, check, list, mean_and_deviation, median, plot};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::Model;
@@ -26,6 +30,9 @@ impl std::str::FromStr for Numbers {
         list::numbers(s).map(Self)
     }
 }
+
+/// Stands for the Transformer's own file in `--with-llama-cpp`.
+const SAME_FILE: &str = "-";
 
 /// Arguments of `clsa bench`. Lists and ranges give the cross product.
 #[derive(Debug, Args)]
@@ -45,8 +52,11 @@ pub struct BenchArgs {
     /// A prompt and an answer in one test: P,N (-pg; repeatable)
     #[arg(long, value_name = "P,N")]
     prompt_gen: Vec<String>,
-    /// Rows of a micro-batch (-ub)
-    #[arg(long, value_name = "LIST", default_value = "512")]
+    /// Prompt tokens handed over at a time, each time with the logits of the last one; 0: the whole prompt
+    #[arg(short = 'b', long, value_name = "LIST", default_value = "0")]
+    batch_size: Numbers,
+    /// Rows of a micro-batch (-ub); 0: 512, on a GPU 4096
+    #[arg(long, value_name = "LIST", default_value = "0")]
     ubatch_size: Numbers,
     /// Threads; 0: one for each core
     #[arg(short, long, value_name = "LIST", default_value = "0")]
@@ -72,24 +82,37 @@ pub struct BenchArgs {
     /// Where to run
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: Device,
-    /// How the caches come to hold the depth: by prefill, or by random rows
+    /// How the caches come to hold the depth
     #[arg(long, value_name = "HOW", default_value = "prefill")]
-    fill: FillArg,
-    /// Time llama.cpp on this Transformer file in the same run, repetition by repetition in turn (CPU, same threads)
-    #[arg(long, value_name = "FILE")]
+    fill: Fill,
+    /// Compare architectures of one shape: give a Transformer, a YOCO and a CLSA file (-m, each optional); the CLSA file also runs with
+    /// routing per-layer, every-4 and block-64 (--routing chooses others). All take turns, repetition by repetition; ratios are medians
+    /// of pairs, over the Transformer or else the first
+    #[arg(long)]
+    compare: bool,
+    /// Time llama.cpp on this Transformer file in turn with ours (CPU, same threads); with --compare on the Transformer's file
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = SAME_FILE)]
     with_llama_cpp: Option<PathBuf>,
+    /// Draw tokens per second over depth as an SVG file, and bars on standard error
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    /// Measure nothing: take the rows of earlier runs (-o json or jsonl; repeatable)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "compare", "with_llama_cpp"])]
+    read: Vec<PathBuf>,
+    /// Measure the machine first (bandwidth of reading and copying, rate of products) and add a column: the least time that the
+    /// bytes and operations of a test allow, as a share of the time it took
+    #[arg(long)]
+    limits: bool,
+    /// Time each part of a step (or of a prompt) in runs of their own: embedding, projections, attention, feed-forward, scoring, top-k,
+    /// logits, sampling; layer by layer in json
+    #[arg(long)]
+    breakdown: bool,
+    /// First compare the logits of a short prompt with the f32 reference (slow on large models), and fail where they differ
+    #[arg(long)]
+    check: bool,
     /// Leave out the warm-up run
     #[arg(long)]
     no_warmup: bool,
-}
-
-/// How the depth is filled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum FillArg {
-    /// Process a prompt of that length
-    Prefill,
-    /// Random rows (marked in the output)
-    Random,
 }
 
 /// Runs `clsa bench`.
@@ -98,19 +121,76 @@ enum FillArg {
 /// Those of models and engines; [`Error::Interrupted`].
 pub fn run(args: &BenchArgs) -> Result<()> {
     let stop = interrupt::requested()?;
+    let earlier = args.read.iter().map(|path| report::read(path)).collect::<Result<Vec<_>>>()?.concat();
+    let columns = Columns {
+        limits: args.limits || earlier.iter().any(|r| r.share_of_limit.is_some()),
+        compare: args.compare || earlier.iter().any(|r| r.speedup.is_some()),
+        llama_cpp: args.with_llama_cpp.is_some() || earlier.iter().any(|r| r.ratio_to_llama_cpp.is_some()),
+    };
     let tests = args.tests()?;
-    let columns = Columns { llama_cpp: args.with_llama_cpp.is_some(), ..Columns::default() };
     let mut report = Report::new(io::stdout().lock(), args.output, columns);
-    let bundled =
-        ModelArgs { model: None, ..args.model_args(None, 0, 0, CacheTypeArg::F16, CacheTypeArg::F16, None) };
-    let models = if args.model.is_empty() { vec![bundled.path()?] } else { args.model.clone() };
-    for path in models {
+    let mut rows = vec![];
+    let mut emit = |row: Row| {
+        report.row(&row).map_err(stdout_error)?;
+        rows.push(row);
+        Ok(())
+    };
+    if args.read.is_empty() {
+        for group in args.groups()? {
+            for setting in args.settings() {
+                Session::open(args, &setting, &group, &tests, &stop)?.run(args, &tests, &mut emit)?;
+            }
+        }
+    } else {
+        earlier.into_iter().try_for_each(&mut emit)?;
+    }
+    report.finish().map_err(stdout_error)?;
+    if let Some(path) = &args.plot {
+        let svg = plot::svg(&rows)?;
+        std::fs::write(path, svg).map_err(|source| Error::Io { path: path.clone(), source })?;
+    }
+    if args.plot.is_some() || args.compare {
+        eprint!("\n{}", chart::chart(&rows));
+    }
+    Ok(())
+}
+
+/// A file that takes part.
+struct Entrant {
+    model: Model,
+    path: PathBuf,
+    /// Modes it runs in.
+    routing: Vec<Routing>,
+}
+
+impl Entrant {
+    fn open(path: PathBuf, modes: &[Routing]) -> Result<Self> {
         let model = Model::open(&path)?;
-        for setting in args.settings(&path) {
-            setting.run(args, &model, &tests, &stop, &mut |row| report.row(row).map_err(stdout_error))?;
+        let own = if model.config.indexer.is_some() { Routing::Clsa } else { Routing::Dense };
+        let routing = if modes.is_empty() { vec![own] } else { modes.to_vec() };
+        Ok(Self { model, path, routing })
+    }
+
+    /// Its name in a comparison.
+    fn name(&self, routing: Routing) -> String {
+        match (self.model.config.is_yoco(), self.model.config.indexer.is_some(), routing) {
+            (false, ..) => "Transformer".into(),
+            (true, false, _) => "YOCO (dense)".into(),
+            (true, true, Routing::Clsa) => "CLSA".into(),
+            (true, true, mode) => mode.to_string(),
         }
     }
-    report.finish().map_err(stdout_error)
+}
+
+/// One combination of settings.
+struct Setting {
+    batch: usize,
+    ubatch: usize,
+    threads: usize,
+    k: CacheTypeArg,
+    v: CacheTypeArg,
+    /// What is said of it where several are compared.
+    label: String,
 }
 
 impl BenchArgs {
@@ -139,25 +219,53 @@ impl BenchArgs {
         Ok(tests)
     }
 
-    fn settings(&self, path: &std::path::Path) -> Vec<Setting> {
-        let routing: Vec<_> = match self.routing.as_slice() {
-            [] => vec![None],
-            modes => modes.iter().copied().map(Some).collect(),
+    /// Files that are alive together: all of a comparison, or one at a time.
+    fn groups(&self) -> Result<Vec<Vec<Entrant>>> {
+        let models = match self.model.as_slice() {
+            [] => vec![self.model_args(None, &self.settings()[0]).path()?],
+            models => models.to_vec(),
         };
+        if !self.compare {
+            return models.into_iter().map(|path| Ok(vec![Entrant::open(path, &self.routing)?])).collect();
+        }
+        let mut entrants: Vec<Entrant> =
+            models.into_iter().map(|path| Entrant::open(path, &[])).collect::<Result<_>>()?;
+        check_one_shape(&entrants)?;
+        let has_dense = entrants.iter().any(|e| e.model.config.is_yoco() && e.model.config.indexer.is_none());
+        for entrant in entrants.iter_mut().filter(|e| e.model.config.indexer.is_some()) {
+            entrant.routing = match self.routing.as_slice() {
+                [] => {
+                    let dense = (!has_dense).then_some(Routing::Dense);
+                    let modes = [Routing::Clsa, Routing::Every(1), Routing::Every(4), Routing::Block(64)];
+                    dense.into_iter().chain(modes).collect()
+                }
+                modes => modes.to_vec(),
+            };
+        }
+        // The Transformer first: it is what the others are compared with.
+        entrants.sort_by_key(|e| e.model.config.is_yoco());
+        Ok(vec![entrants])
+    }
+
+    fn settings(&self) -> Vec<Setting> {
         let mut settings = vec![];
-        for &ub in &self.ubatch_size.0 {
-            for &threads in &self.threads.0 {
-                for &k in &self.cache_type_k {
-                    for &v in &self.cache_type_v {
-                        for &mode in &routing {
-                            settings.push(Setting(self.model_args(
-                                Some(path.to_owned()),
-                                ub,
-                                threads,
-                                k,
-                                v,
-                                mode,
-                            )));
+        for &batch in &self.batch_size.0 {
+            for &ubatch in &self.ubatch_size.0 {
+                for &threads in &self.threads.0 {
+                    for &k in &self.cache_type_k {
+                        for &v in &self.cache_type_v {
+                            let mut label = String::new();
+                            let parts = [
+                                (self.batch_size.0.len(), format!(" b{batch}")),
+                                (self.ubatch_size.0.len(), format!(" ub{ubatch}")),
+                                (self.threads.0.len(), format!(" t{threads}")),
+                                (self.cache_type_k.len(), format!(" K {k:?}")),
+                                (self.cache_type_v.len(), format!(" V {v:?}")),
+                            ];
+                            for (_, part) in parts.into_iter().filter(|(n, _)| *n > 1) {
+                                label += &part.to_lowercase();
+                            }
+                            settings.push(Setting { batch, ubatch, threads, k, v, label });
                         }
                     }
                 }
@@ -166,23 +274,15 @@ impl BenchArgs {
         settings
     }
 
-    fn model_args(
-        &self,
-        model: Option<PathBuf>,
-        ubatch_size: usize,
-        threads: usize,
-        cache_type_k: CacheTypeArg,
-        cache_type_v: CacheTypeArg,
-        routing: Option<Routing>,
-    ) -> ModelArgs {
+    fn model_args(&self, model: Option<PathBuf>, setting: &Setting) -> ModelArgs {
         ModelArgs {
             model,
             ctx_size: 0,
-            ubatch_size,
-            threads,
-            cache_type_k,
-            cache_type_v,
-            routing: routing.into_iter().collect(),
+            ubatch_size: setting.ubatch,
+            threads: setting.threads,
+            cache_type_k: setting.k,
+            cache_type_v: setting.v,
+            routing: vec![],
             top_k_tokens: None,
             device: self.device,
             verbose: false,
@@ -190,114 +290,238 @@ impl BenchArgs {
     }
 }
 
-/// One combination of settings.
-struct Setting(ModelArgs);
+/// Whether files can be compared: the same widths, heads and layers.
+fn check_one_shape(entrants: &[Entrant]) -> Result<()> {
+    let shape = |c: &Config| {
+        [
+            ("layers", c.n_layer),
+            ("hidden values", c.hidden),
+            ("feed-forward values", c.ffn),
+            ("tokens in the vocabulary", c.vocab),
+            ("query heads", c.self_heads.n_head),
+            ("KV heads", c.self_heads.n_kv),
+            ("values per head", c.self_heads.head_dim),
+        ]
+    };
+    let Some((first, others)) = entrants.split_first() else { return Ok(()) };
+    for other in others {
+        for ((what, a), (_, b)) in shape(&first.model.config).into_iter().zip(shape(&other.model.config)) {
+            if a != b {
+                return Err(Error::Input(format!(
+                    "--compare wants models of one shape: {} has {a} {what}, {} has {b}",
+                    first.path.display(),
+                    other.path.display()
+                )));
+            }
+        }
+    }
+    Ok(())
+}
 
-impl Setting {
-    fn run(
-        &self,
+/// Engines for a group of files in one setting.
+struct Session<'a> {
+    contest: Contest,
+    setting: &'a Setting,
+    threads: usize,
+    /// What runs, with the file it runs on and its name; llama.cpp last.
+    ways: Vec<(Way, &'a Model, String)>,
+    peer_model: Option<Model>,
+    /// Of each engine's device, where they were asked for.
+    limits: Vec<Machine>,
+}
+
+impl<'a> Session<'a> {
+    fn open(
         args: &BenchArgs,
-        model: &Model,
+        setting: &'a Setting,
+        entrants: &'a [Entrant],
         tests: &[Test],
         stop: &Arc<AtomicBool>,
-        row: &mut dyn FnMut(&Row) -> Result<()>,
-    ) -> Result<()> {
+    ) -> Result<Self> {
         let sequences = tests.iter().map(|t| t.sequences).max().unwrap_or(1);
-        let mut options = self.0.options(model, sequences);
-        options.context = tests.iter().map(Test::context).max().unwrap_or(1);
-        let mut bench = Bench::new(self.0.engine(model, &options, Arc::clone(stop))?);
-        let fill = match args.fill {
-            FillArg::Prefill => Fill::Prefill,
-            FillArg::Random => Fill::Random,
+        let mut context = tests.iter().map(Test::context).max().unwrap_or(1);
+        if args.check {
+            let top_k = entrants.iter().filter_map(|e| e.model.config.indexer).map(|ix| ix.top_k).max();
+            context = context.max(check::positions(top_k.unwrap_or(0)));
+        }
+        let (mut benches, mut ways, mut threads, mut max_rows) = (vec![], vec![], 1, 1);
+        for (bench, entrant) in entrants.iter().enumerate() {
+            let model_args = args.model_args(Some(entrant.path.clone()), setting);
+            let mut options = model_args.options(&entrant.model, sequences);
+            options.context = context;
+            (threads, max_rows) = (model_args.threads(), options.max_rows);
+            let engine = model_args.engine(&entrant.model, &options, Arc::clone(stop))?;
+            benches.push(Bench::new(engine, setting.batch));
+            for &routing in &entrant.routing {
+                let name = if args.compare { entrant.name(routing) } else { entrant.file_name(routing) };
+                ways.push((Way::Ours { bench, routing }, &entrant.model, name + &setting.label));
+            }
+        }
+        let peer_path = match args.with_llama_cpp.as_deref() {
+            Some(path) if path.as_os_str() == SAME_FILE => {
+                let transformer = entrants.iter().find(|e| !e.model.config.is_yoco());
+                Some(transformer.map(|e| e.path.as_path()).ok_or_else(|| {
+                    Error::Input(
+                        "--with-llama-cpp needs a Transformer file: name one after it, or with -m".into(),
+                    )
+                })?)
+            }
+            path => path,
         };
-        let context = options.context;
-        let mut peer = (args.with_llama_cpp.as_deref())
-            .map(|path| {
-                Ok::<_, Error>((path, Peer::open(path, context, options.max_rows, self.0.threads())?))
-            })
-            .transpose()?;
-        for test in tests {
-            let mut peer = peer.as_mut().filter(|_| test.sequences == 1);
-            if !args.no_warmup {
-                let (prompt, generate) = (test.prompt.min(options.max_rows), test.generate.min(2));
-                let warm_up = Test { prompt, generate, ..*test };
-                bench.prepare(test, fill)?;
-                bench.run(&warm_up)?;
-                if let Some((_, peer)) = &mut peer {
-                    peer.prepare(test.depth)?;
-                    peer.run(&warm_up)?;
-                }
-            }
-            let (mut samples_s, mut samples_prompt_s, mut peer_s) = (vec![], vec![], vec![]);
-            for _ in 0..args.repetitions.max(1) {
-                bench.prepare(test, fill)?;
-                let (prompt, generate) = bench.run(test)?;
-                samples_s.push(prompt + generate);
-                samples_prompt_s.push(prompt);
-                if let Some((_, peer)) = &mut peer {
-                    peer.prepare(test.depth)?;
-                    peer_s.push(peer.run(test)?);
-                }
-            }
-            let ratios: Vec<f64> =
-                samples_s.iter().zip(&peer_s).map(|(ours, theirs)| theirs / ours).collect();
-            let rates = |samples: &[f64]| {
-                let rates: Vec<f64> = samples.iter().map(|s| test.tokens() as f64 / s).collect();
-                mean_and_deviation(&rates)
-            };
-            let (avg_ts, stddev_ts) = rates(&samples_s);
-            let ours = Row {
-                build: concat!(env!("CARGO_PKG_VERSION"), " (", env!("CLSA_COMMIT"), ")").into(),
-                backend: bench.engine().backend().describe(),
-                model: model
-                    .file
-                    .path()
-                    .file_name()
-                    .map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
-                model_size: model.weights.all().map(|w| w.bytes as u64).sum(),
-                model_n_params: model.weights.all().map(|w| (w.n_in * w.n_out) as u64).sum(),
-                n_threads: self.0.threads(),
-                n_ubatch: options.max_rows,
-                type_k: format!("{:?}", options.k).to_lowercase(),
-                type_v: format!("{:?}", options.v).to_lowercase(),
-                routing: bench.engine().routing().0.to_string(),
-                test: *test,
-                fill,
-                samples_s,
-                samples_prompt_s,
-                avg_ts,
-                stddev_ts,
-                share_of_limit: None,
-                ratio_to_llama_cpp: peer.is_some().then(|| median(&ratios)),
-            };
-            let ours = describe(ours, model);
-            row(&ours)?;
-            if let Some((path, _)) = peer {
-                let (avg_ts, stddev_ts) = rates(&peer_s);
-                let file = Model::open(path)?;
-                row(&Row {
-                    backend: "llama.cpp, CPU".into(),
-                    routing: "dense".into(),
-                    fill: Fill::Prefill,
-                    samples_s: peer_s,
-                    samples_prompt_s: vec![],
-                    avg_ts,
-                    stddev_ts,
-                    ratio_to_llama_cpp: None,
-                    ..describe(ours, &file)
-                })?;
+        let peer = peer_path.map(|path| Peer::open(path, context, max_rows, threads)).transpose()?;
+        let peer_model = peer_path.map(Model::open).transpose()?;
+        let mut session =
+            Self { contest: Contest { benches, peer }, setting, threads, ways, peer_model, limits: vec![] };
+        session.check(args)?;
+        if args.limits {
+            session.measure_limits()?;
+        }
+        Ok(session)
+    }
+
+    /// Compares every way with the reference.
+    fn check(&mut self, args: &BenchArgs) -> Result<()> {
+        for (way, _, name) in self.ways.iter().filter(|_| args.check) {
+            if let Way::Ours { bench, routing } = *way {
+                let bench = &mut self.contest.benches[bench];
+                bench.set_routing(routing)?;
+                let difference = bench.check()?;
+                eprintln!("{name}: logits differ from the reference's by {difference:.1e} of their size");
             }
         }
         Ok(())
     }
+
+    fn measure_limits(&mut self) -> Result<()> {
+        for bench in &self.contest.benches {
+            // All engines of a run are on the same device.
+            let machine = match self.limits.first() {
+                Some(machine) => *machine,
+                None if bench.engine().backend().describe().starts_with("CUDA") => Machine::of_gpu(0)?,
+                None => Machine::of_cpu(self.threads)?,
+            };
+            if self.limits.is_empty() {
+                eprintln!("{machine}");
+            }
+            self.limits.push(machine);
+        }
+        Ok(())
+    }
+
+    /// The least time that the machine's limits allow, over the median time it took.
+    fn share_of_limit(&self, way: Way, model: &Model, test: &Test, samples: &Samples) -> Option<f64> {
+        let Way::Ours { bench, routing } = way else { return None };
+        let machine = self.limits.get(bench)?;
+        let bench = &self.contest.benches[bench];
+        let (spec, (_, top_k)) = (bench.engine().spec(), bench.engine().routing());
+        let setting = limits::Setting { model, spec, routing, top_k, batch: bench.batch() };
+        Some(machine.seconds(&setting.work(test)) / median(&samples.seconds()))
+    }
+
+    fn run(
+        &mut self,
+        args: &BenchArgs,
+        tests: &[Test],
+        emit: &mut dyn FnMut(Row) -> Result<()>,
+    ) -> Result<()> {
+        let plan = Plan { fill: args.fill, repetitions: args.repetitions.max(1), warm_up: !args.no_warmup };
+        let all = std::mem::take(&mut self.ways);
+        // Ways of a comparison take turns; otherwise one follows the other, each in turn with llama.cpp.
+        let rounds: Vec<&[(Way, &Model, String)]> =
+            if args.compare { vec![&all] } else { all.chunks(1).collect() };
+        let bar = token_bar("bench");
+        let peers = usize::from(self.contest.peer.is_some());
+        let runs = rounds.iter().map(|r| r.len() + peers).sum::<usize>() * tests.len();
+        bar.set_length((runs * (plan.repetitions + usize::from(plan.warm_up))) as u64);
+        for round in rounds {
+            for test in tests {
+                self.measure(args, plan, round, test, &bar, emit)?;
+            }
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    fn measure(
+        &mut self,
+        args: &BenchArgs,
+        plan: Plan,
+        round: &[(Way, &Model, String)],
+        test: &Test,
+        bar: &ProgressBar,
+        emit: &mut dyn FnMut(Row) -> Result<()>,
+    ) -> Result<()> {
+        let mut ways: Vec<Way> = round.iter().map(|(way, ..)| *way).collect();
+        ways.extend(self.contest.peer.is_some().then_some(Way::LlamaCpp));
+        let samples = self.contest.measure(&ways, test, plan, || bar.inc(1))?;
+        let theirs = self.contest.peer.is_some().then(|| samples.last()).flatten();
+        let base = args.compare.then(|| samples.first()).flatten();
+        for ((way, model, name), samples) in round.iter().zip(&samples) {
+            let row = self.row(*way, model, name, test, plan.fill, samples);
+            let parts = if args.breakdown { self.contest.breakdown(*way, test, plan)? } else { None };
+            emit(Row {
+                breakdown: parts.unwrap_or_default(),
+                share_of_limit: self.share_of_limit(*way, model, test, samples),
+                speedup: base.and_then(|base| samples.speedup_over(base)),
+                ratio_to_llama_cpp: theirs.and_then(|theirs| samples.speedup_over(theirs)),
+                ..row
+            })?;
+        }
+        if let (Some(model), Some(samples)) = (&self.peer_model, theirs.filter(|t| !t.prompt.is_empty())) {
+            let name = format!("llama.cpp{}", self.setting.label);
+            let row = self.row(Way::LlamaCpp, model, &name, test, plan.fill, samples);
+            emit(Row { speedup: base.and_then(|base| samples.speedup_over(base)), ..row })?;
+        }
+        Ok(())
+    }
+
+    fn row(&self, way: Way, model: &Model, name: &str, test: &Test, fill: Fill, samples: &Samples) -> Row {
+        let seconds = samples.seconds();
+        let rates: Vec<f64> = seconds.iter().map(|s| test.tokens() as f64 / s).collect();
+        let (avg_ts, stddev_ts) = mean_and_deviation(&rates);
+        let (backend, routing, bench) = match way {
+            Way::Ours { bench, routing } => {
+                let engine = self.contest.benches[bench].engine();
+                (engine.backend().describe(), routing, bench)
+            }
+            Way::LlamaCpp => ("llama.cpp, CPU".into(), Routing::Dense, 0),
+        };
+        let spec = self.contest.benches[bench].engine().spec();
+        Row {
+            series: name.to_owned(),
+            build: concat!(env!("CARGO_PKG_VERSION"), " (", env!("CLSA_COMMIT"), ")").into(),
+            backend,
+            model: file_name(model.file.path()),
+            model_size: model.weights.all().map(|w| w.bytes as u64).sum(),
+            model_n_params: model.weights.all().map(|w| (w.n_in * w.n_out) as u64).sum(),
+            n_threads: self.threads,
+            n_batch: self.setting.batch,
+            n_ubatch: spec.max_rows,
+            type_k: format!("{:?}", spec.k).to_lowercase(),
+            type_v: format!("{:?}", spec.v).to_lowercase(),
+            routing: routing.to_string(),
+            test: *test,
+            fill,
+            samples_s: seconds,
+            samples_prompt_s: samples.prompt.clone(),
+            avg_ts,
+            stddev_ts,
+            share_of_limit: None,
+            speedup: None,
+            ratio_to_llama_cpp: None,
+            breakdown: vec![],
+        }
+    }
 }
 
-/// The row with the model's name and sizes.
-fn describe(row: Row, model: &Model) -> Row {
-    Row {
-        model: model.file.path().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
-        model_size: model.weights.all().map(|w| w.bytes as u64).sum(),
-        model_n_params: model.weights.all().map(|w| (w.n_in * w.n_out) as u64).sum(),
-        ..row
+impl Entrant {
+    /// Its name where files are not compared by architecture.
+    fn file_name(&self, routing: Routing) -> String {
+        let stem = self.path.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        if self.routing.len() > 1 { format!("{stem} {routing}") } else { stem }
     }
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())
 }

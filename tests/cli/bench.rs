@@ -26,8 +26,7 @@ fn lists_give_their_cross_product() {
         "jsonl",
     ];
     let said = bench(&folder, &args);
-    let rows: Vec<serde_json::Value> =
-        said.stdout.lines().map(|l| serde_json::from_str(l).expect("one JSON object a line")).collect();
+    let rows = rows(&said.stdout);
     // Two prompts and one generation, at two depths, in three modes.
     assert_eq!(rows.len(), 3 * 2 * 3, "{}", said.stdout);
     for row in &rows {
@@ -48,4 +47,157 @@ fn every_format_holds_the_same_rows() {
     let table: Vec<String> = of("md").lines().filter(|l| l.starts_with('|')).map(str::to_owned).collect();
     assert_eq!(table.len(), 2 + 2, "{table:?}");
     assert!(table[2].contains("pp8") && table[3].contains("tg2"), "{table:?}");
+}
+
+/// Files of the three tiny architectures, which have one shape.
+fn three(folder: &Folder) -> Vec<String> {
+    let shapes = ["transformer-tiny", "yoco-tiny", "clsa-tiny"];
+    let make = |shape: &&str| {
+        let path = path_str(&folder.file(&format!("{shape}.gguf")));
+        output(["synth", shape, "--type", "Q8_0", "--seed", "1", "-o", &path]).assert_succeeds();
+        path
+    };
+    shapes.iter().map(make).collect()
+}
+
+fn rows(jsonl: &str) -> Vec<serde_json::Value> {
+    jsonl.lines().map(|l| serde_json::from_str(l).expect("one JSON object a line")).collect()
+}
+
+/// An SVG document that an XML parser takes, with the texts in it.
+fn texts_of(svg: &str) -> Vec<String> {
+    let document = roxmltree::Document::parse(svg).expect("well-formed XML");
+    let root = document.root_element();
+    assert_eq!(root.tag_name().name(), "svg");
+    let texts = root.descendants().filter(|n| n.tag_name().name() == "text");
+    texts.filter_map(|n| n.text()).map(|t| t.trim().to_owned()).collect()
+}
+
+#[test]
+fn a_comparison_has_every_mode_and_ratios_of_pairs() {
+    let folder = Folder::empty();
+    let files = three(&folder);
+    let plot = path_str(&folder.file("plot.svg"));
+    let mut args =
+        vec!["bench", "--compare", "--with-llama-cpp", "--fill", "random", "-o", "jsonl", "-r", "3"];
+    args.extend(["-p", "8", "-n", "4", "-d", "64,256", "--plot", &plot]);
+    files.iter().for_each(|f| args.extend(["-m", f]));
+    let said = output(&args);
+    said.assert_succeeds();
+    let rows = rows(&said.stdout);
+    let names = ["Transformer", "YOCO (dense)", "CLSA", "per-layer", "every-4", "block-64", "llama.cpp"];
+    assert_eq!(rows.len(), names.len() * 2 * 2, "{}", said.stdout);
+    for (row, name) in rows.iter().zip(names.iter().cycle()) {
+        assert_eq!(row["series"], *name, "{row}");
+    }
+    let samples = |row: &serde_json::Value| -> Vec<f64> {
+        let all = row["samples_s"].as_array().expect("samples");
+        all.iter().map(|s| s.as_f64().expect("seconds")).collect()
+    };
+    for test in rows.chunks(names.len()) {
+        for row in test {
+            let mut ratios: Vec<f64> =
+                samples(&test[0]).iter().zip(samples(row)).map(|(base, own)| base / own).collect();
+            ratios.sort_by(f64::total_cmp);
+            let speedup = row["speedup"].as_f64().expect("a ratio");
+            assert!((speedup / ratios[1] - 1.0).abs() < 1e-12, "{row}");
+        }
+        assert!(test[0]["ratio_to_llama_cpp"].as_f64().is_some_and(|r| r > 0.0), "{}", test[0]);
+    }
+    let texts = texts_of(&std::fs::read_to_string(&plot).expect("the plot"));
+    for name in names {
+        assert!(texts.iter().any(|t| t.starts_with(name)), "{name}: {texts:?}");
+    }
+    assert!(said.stderr.contains("Decode, tokens/s") && said.stderr.contains('█'), "{}", said.stderr);
+}
+
+#[test]
+fn models_of_several_shapes_are_not_compared() {
+    let folder = Folder::with_model();
+    let other = path_str(&folder.file("other.gguf"));
+    let bundled = concat!(env!("CARGO_MANIFEST_DIR"), "/models/smol-clsa-135m.gguf");
+    std::fs::copy(bundled, &other).expect("the bundled model");
+    output(["bench", "--compare", "-m", &folder.model(), "-m", &other])
+        .assert_fails(2, &["one shape", "layers"]);
+    output(["bench", "--compare", "-m", &folder.model(), "--with-llama-cpp"])
+        .assert_fails(2, &["--with-llama-cpp needs a Transformer file"]);
+}
+
+#[test]
+fn earlier_rows_are_drawn_and_written_again() {
+    let folder = Folder::with_model();
+    let said = bench(&folder, &["-p", "8", "-n", "4", "-d", "0,64", "-o", "jsonl"]);
+    let data = folder.write("rows.jsonl", said.stdout.as_bytes());
+    let plot = path_str(&folder.file("plot.svg"));
+    let again = output(["bench", "--read", &data, "--plot", &plot, "-o", "jsonl"]);
+    let rates =
+        |out: &str| -> Vec<f64> { rows(out).iter().map(|r| r["avg_ts"].as_f64().expect("a rate")).collect() };
+    for (again, first) in rates(&again.assert_succeeds().stdout).iter().zip(rates(&said.stdout)) {
+        assert!((again / first - 1.0).abs() < 1e-12, "{again} {first}");
+    }
+    assert_eq!(rows(&again.stdout).len(), 4);
+    let texts = texts_of(&std::fs::read_to_string(&plot).expect("the plot"));
+    assert!(texts.iter().any(|t| t == "Prefill of 8 tokens: tokens/s"), "{texts:?}");
+    let broken = folder.write("broken.jsonl", b"{}\n");
+    output(["bench", "--read", &broken]).assert_fails(2, &["line 1", "json"]);
+    output(["bench", "--read", "/nowhere.json"]).assert_fails(2, &["/nowhere.json"]);
+}
+
+#[test]
+fn batches_and_micro_batches_make_rows_of_their_own() {
+    let folder = Folder::with_model();
+    let rows =
+        rows(&bench(&folder, &["-p", "40", "-n", "0", "-b", "0,16", "-ub", "8,32", "-o", "jsonl"]).stdout);
+    let of = |name: &str| -> Vec<u64> { rows.iter().map(|r| r[name].as_u64().expect("a number")).collect() };
+    assert_eq!((of("n_batch"), of("n_ubatch")), (vec![0, 0, 16, 16], vec![8, 32, 8, 32]));
+    let series: std::collections::BTreeSet<_> = rows.iter().map(|r| r["series"].to_string()).collect();
+    assert_eq!(series.len(), 4, "{series:?}");
+}
+
+#[test]
+fn limits_and_breakdowns_stand_beside_the_rates() {
+    let folder = Folder::with_model();
+    let said = bench(
+        &folder,
+        &[
+            "-p",
+            "96",
+            "-n",
+            "4",
+            "-d",
+            "300",
+            "--limits",
+            "--breakdown",
+            "--check",
+            "-o",
+            "jsonl",
+            "--device",
+            "cpu",
+        ],
+    );
+    assert!(
+        said.stderr.contains("limits: read") && said.stderr.contains("differ from the reference"),
+        "{}",
+        said.stderr
+    );
+    let parts = |row: &serde_json::Value| -> Vec<(String, f64)> {
+        let all = row["breakdown"].as_array().expect("parts");
+        all.iter().map(|t| (t["stage"].to_string(), t["seconds"].as_f64().expect("seconds"))).collect()
+    };
+    for row in rows(&said.stdout) {
+        let share = row["share_of_limit"].as_f64().expect("a share");
+        assert!(share > 0.0 && share < 1.0, "{row}");
+        let parts = parts(&row);
+        for part in
+            ["embedding", "self_attention", "feed_forward", "shared_memory", "scoring", "top_k", "logits"]
+        {
+            assert!(parts.iter().any(|(name, _)| name.trim_matches('"') == part), "{part}: {row}");
+        }
+        assert!(parts.iter().all(|(_, seconds)| seconds.is_finite() && *seconds >= 0.0), "{row}");
+    }
+    let reference =
+        ["bench", "-m", &folder.model(), "-p", "0", "-n", "2", "-r", "1", "--device", "reference"];
+    let types = ["-ctk", "f32", "-ctv", "f32"];
+    output(reference.iter().chain(&types)).assert_succeeds();
+    output(reference.iter().chain(&types).chain(&["--breakdown"])).assert_fails(2, &["no clock"]);
 }

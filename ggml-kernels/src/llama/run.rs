@@ -50,6 +50,9 @@ impl Llama {
         of_context.n_ctx = params.context;
         of_context.n_batch = params.batch;
         of_context.n_ubatch = params.batch;
+        // A second sequence over the same cells, through which `fill` brings them in.
+        of_context.n_seq_max = 2;
+        of_context.kv_unified = true;
         of_context.n_threads = params.threads;
         of_context.n_threads_batch = params.threads;
         of_context.type_k = params.cache.to_ggml() as ggml::ggml_type;
@@ -105,6 +108,60 @@ impl Llama {
             }
             self.len = len;
         }
+    }
+
+    /// Positions that [`Self::fill`] stores at a time.
+    pub const REPEATED: usize = 256;
+
+    /// Makes the sequence hold `len` positions, rounded down to a multiple of [`Self::REPEATED`], without running the model for all of
+    /// them: processes `start`, which are at most so many tokens, and stores the rows of its cache again and again. For timing at depth.
+    ///
+    /// # Errors
+    /// As [`Self::decode`], and when llama.cpp's saved state is not laid out as this expects.
+    pub fn fill(&mut self, start: &[u32], len: usize) -> Result<()> {
+        self.clear();
+        self.decode(start)?;
+        if start.len() != Self::REPEATED || len < 2 * Self::REPEATED {
+            return Ok(());
+        }
+        // SAFETY: the context is alive.
+        let mut state = vec![0u8; unsafe { ggml::llama_state_seq_get_size(self.context.as_ptr(), 0) }];
+        // SAFETY: the buffer has the size that is passed.
+        let written = unsafe {
+            ggml::llama_state_seq_get_data(self.context.as_ptr(), state.as_mut_ptr(), state.len(), 0)
+        };
+        // Magic, sequence, streams, cells; of each cell its position, how many sequences hold it, and which one.
+        const FIRST: usize = 16;
+        const CELL: usize = 12;
+        let word = |at: usize| state.get(at..at + 4).map(|w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]]));
+        let as_expected = written == state.len()
+            && word(8) == Some(1)
+            && word(12) == Some(Self::REPEATED as u32)
+            && (0..Self::REPEATED)
+                .all(|i| word(FIRST + CELL * i) == Some(i as u32) && word(FIRST + CELL * i + 4) == Some(1));
+        if !as_expected {
+            return Err("its saved state is not laid out as expected: fill the depth by prefill".into());
+        }
+        for page in 1..len / Self::REPEATED {
+            for i in 0..Self::REPEATED {
+                let position = (page * Self::REPEATED + i) as u32;
+                state[FIRST + CELL * i..][..4].copy_from_slice(&position.to_ne_bytes());
+            }
+            // SAFETY: the buffer holds a whole state; the sequences 0 and 1 exist and share one stream.
+            let read = unsafe {
+                let context = self.context.as_ptr();
+                let read = ggml::llama_state_seq_set_data(context, state.as_ptr(), state.len(), 1);
+                let memory = ggml::llama_get_memory(context);
+                ggml::llama_memory_seq_cp(memory, 1, 0, -1, -1);
+                ggml::llama_memory_seq_rm(memory, 1, -1, -1);
+                read
+            };
+            if read != state.len() {
+                return Err(format!("it took {read} of {} bytes of its own state", state.len()));
+            }
+            self.len += Self::REPEATED;
+        }
+        Ok(())
     }
 
     /// Tokens of its vocabulary.

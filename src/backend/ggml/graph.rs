@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ggml_kernels::ggml as g;
 
+use super::clock::{Clock, Label};
 use super::team::Team;
+use crate::backend::Stage;
 use crate::error::{Error, Result};
 
 /// A node of a graph. Valid as long as the graph or context that made it.
@@ -46,6 +48,10 @@ struct Custom {
     op: Op,
     pieces: usize,
     team: Arc<Mutex<Team>>,
+    clock: Arc<Clock>,
+    label: Label,
+    /// A part of the op by itself, which is timed apart.
+    alone: Option<(Stage, Op)>,
 }
 
 /// A ggml context whose tensors own no data.
@@ -97,6 +103,8 @@ pub struct Graph {
     customs: Vec<Box<Custom>>,
     team: Arc<Mutex<Team>>,
     pieces: usize,
+    clock: Arc<Clock>,
+    label: Label,
 }
 
 // SAFETY: as for Context; the closures are Send and Sync.
@@ -111,20 +119,46 @@ unsafe extern "C" fn run_custom(dst: *mut g::ggml_tensor, _: c_int, _: c_int, us
         *to = Node(*from);
     }
     let (dst, sources) = (Node(dst), &sources[..n]);
-    let mut team = custom.team.lock().unwrap_or_else(PoisonError::into_inner);
-    team.run(custom.pieces, &|i| (custom.op)(dst, sources, i, custom.pieces));
+    let run = |op: &Op| {
+        let mut team = custom.team.lock().unwrap_or_else(PoisonError::into_inner);
+        team.run(custom.pieces, &|i| op(dst, sources, i, custom.pieces));
+    };
+    let alone = custom.alone.as_ref().map(|(stage, op)| (*stage, || run(op)));
+    custom.clock.time(custom.label, || run(&custom.op), alone);
 }
 
 impl Graph {
-    /// An empty graph for at most `n` nodes, whose ops `team` runs in `pieces` pieces each.
-    pub fn new(n: usize, team: Arc<Mutex<Team>>, pieces: usize) -> Result<Self> {
+    /// An empty graph for at most `n` nodes, whose ops `team` runs in `pieces` pieces each, under `clock`.
+    pub fn new(n: usize, team: Arc<Mutex<Team>>, pieces: usize, clock: Arc<Clock>) -> Result<Self> {
         let ctx = Context::new(2 * n)?;
         // SAFETY: the context has room for a graph of n nodes (Context::new counts 2n).
         let graph = unsafe { g::ggml_new_graph_custom(ctx.0, n, false) };
         if graph.is_null() {
             return Err(Error::Runtime(format!("ggml could not make a graph of {n} nodes")));
         }
-        Ok(Self { ctx, graph, customs: vec![], team, pieces })
+        let label = Label { stage: Stage::Other, layer: None };
+        Ok(Self { ctx, graph, customs: vec![], team, pieces, clock, label })
+    }
+
+    /// Says what the nodes from here on belong to.
+    pub fn label(&mut self, stage: Stage, layer: Option<usize>) {
+        self.label = Label { stage, layer };
+    }
+
+    /// Whether nodes are timed.
+    pub fn is_timed(&self) -> bool {
+        self.clock.is_on()
+    }
+
+    /// Times `f`, a part of what the last custom node does, apart from the rest of it.
+    pub fn time_alone(
+        &mut self,
+        stage: Stage,
+        f: impl Fn(Node, &[Node], usize, usize) + Send + Sync + 'static,
+    ) {
+        if let Some(last) = self.customs.last_mut() {
+            last.alone = Some((stage, Box::new(f)));
+        }
     }
 
     /// An input over memory that outlives the graph; see [`Context::tensor`].
@@ -158,7 +192,14 @@ impl Graph {
         f: impl Fn(Node, &[Node], usize, usize) + Send + Sync + 'static,
     ) -> Node {
         let mut sources: Vec<_> = sources.iter().map(|n| n.0).collect();
-        let custom = Custom { op: Box::new(f), pieces: self.pieces, team: Arc::clone(&self.team) };
+        let custom = Custom {
+            op: Box::new(f),
+            pieces: self.pieces,
+            team: Arc::clone(&self.team),
+            clock: Arc::clone(&self.clock),
+            label: self.label,
+            alone: None,
+        };
         self.customs.push(Box::new(custom));
         let custom: *const Custom = &**self.customs.last().expect("just pushed");
         // SAFETY: sources are live nodes; the box stays where it is until the graph is dropped.
@@ -257,6 +298,7 @@ impl Runner {
             // SAFETY: `flag` is the AtomicBool below, borrowed for the run.
             unsafe { (*flag.cast::<AtomicBool>()).load(Ordering::Relaxed) }
         }
+        graph.clock.begin();
         // SAFETY: graph and pool are live; the work buffer is as large as the plan asks.
         let status = unsafe {
             let mut plan = g::ggml_graph_plan(graph.graph, 1, self.pool);
@@ -268,6 +310,7 @@ impl Runner {
             plan.abort_callback_data = Arc::as_ptr(interrupt).cast_mut().cast();
             g::ggml_graph_compute(graph.graph, &raw mut plan)
         };
+        graph.clock.end();
         match status {
             g::GGML_STATUS_SUCCESS => Ok(()),
             g::GGML_STATUS_ABORTED => Err(Error::Interrupted),

@@ -1,5 +1,6 @@
 //! The CPU backend: a ggml graph per batch shape, with our kernels as its custom nodes.
 mod caches;
+mod clock;
 mod graph;
 mod linear;
 mod nodes;
@@ -14,10 +15,11 @@ use ggml_kernels::ggml as g;
 use ggml_kernels::ops::Ops;
 
 use self::caches::Caches;
+use self::clock::Clock;
 use self::graph::{Arena, Context, Graph, Node, Runner};
 use self::step::Shared;
 use self::team::Team;
-use super::{Backend, Batch, Memory, Record, Routing};
+use super::{Backend, Batch, Memory, Record, Routing, Stage, Timing};
 use crate::cache::{CacheSpec, PageTables};
 use crate::error::{Error, Result};
 use crate::model::{Model, Weight};
@@ -33,6 +35,7 @@ pub struct Ggml {
     vectors: HashMap<usize, Box<[f32]>>,
     _context: Context,
     team: Arc<Mutex<Team>>,
+    clock: Arc<Clock>,
     threads: usize,
     runner: Runner,
     arena: Arena,
@@ -112,6 +115,7 @@ impl Ggml {
             vectors,
             _context: context,
             team: Arc::new(Mutex::new(team)),
+            clock: Arc::default(),
             threads,
             runner: Runner::new()?,
             arena: Arena::new(),
@@ -206,8 +210,8 @@ impl Backend for Ggml {
         if self.graphs.contains_key(&self.shape) {
             return Ok(Record::Reused);
         }
-        let graph =
-            Graph::new(64 + 16 * self.model.config.n_layer, Arc::clone(&self.team), self.shared.pieces)?;
+        let (team, clock) = (Arc::clone(&self.team), Arc::clone(&self.clock));
+        let graph = Graph::new(64 + 16 * self.model.config.n_layer, team, self.shared.pieces, clock)?;
         // `embed` replaces this placeholder before anything reads it.
         let x = Node(std::ptr::null_mut());
         self.recording =
@@ -236,9 +240,12 @@ impl Backend for Ggml {
         let (append, attention, out) =
             (self.self_append(i), self.self_attend(i), self.linear(&[&layer.o], None));
         let rec = self.recording();
+        rec.graph.label(Stage::SelfProjections, Some(i));
         let qkv = qkv.node(&mut rec.graph, rec.x, None);
         let q = append.node(&mut rec.graph, qkv);
+        rec.graph.label(Stage::SelfAttention, Some(i));
         let o = attention.node(&mut rec.graph, q);
+        rec.graph.label(Stage::SelfProjections, Some(i));
         rec.x = out.node(&mut rec.graph, o, Some(rec.x));
         Ok(())
     }
@@ -249,6 +256,7 @@ impl Backend for Ggml {
         let gate_up = self.linear(&[&ffn.gate, &ffn.up], Some(&ffn.norm)).swiglu();
         let down = self.linear(&[&ffn.down], None);
         let rec = self.recording();
+        rec.graph.label(Stage::FeedForward, Some(i));
         let y = gate_up.node(&mut rec.graph, rec.x, None);
         rec.x = down.node(&mut rec.graph, y, Some(rec.x));
         Ok(())
@@ -262,6 +270,7 @@ impl Backend for Ggml {
         let index = (shared.indexer.as_ref())
             .map(|(_, wk)| (self.linear(&[wk], Some(&shared.norm)), self.index_append()));
         let rec = self.recording();
+        rec.graph.label(Stage::SharedMemory, None);
         let kv = kv.node(&mut rec.graph, rec.x, None);
         let stored = append.node(&mut rec.graph, kv);
         rec.graph.expand(stored);
@@ -294,8 +303,10 @@ impl Backend for Ggml {
         let (wq, _) = shared.indexer.as_ref().expect("the engine routes only where there is an indexer");
         let (query, route) = (self.linear(&[wq], Some(&shared.norm)), self.route_op());
         let rec = self.recording();
+        rec.graph.label(Stage::Scoring, None);
         let memory = rec.memory.expect("append_shared comes before route");
         let q = query.node(&mut rec.graph, memory, None);
+        rec.graph.label(Stage::TopK, None);
         rec.selected = Some(route.node(&mut rec.graph, q));
         Ok(())
     }
@@ -307,14 +318,17 @@ impl Backend for Ggml {
         let rope = self.model.config.cross_rope.is_some().then(|| self.cross_rope());
         let (gather, dense) = (self.gather(), self.cross_attend());
         let rec = self.recording();
+        rec.graph.label(Stage::CrossProjections, Some(j));
         let mut q = query.node(&mut rec.graph, rec.x, None);
         if let Some(rope) = rope {
             q = rope.node(&mut rec.graph, q);
         }
+        rec.graph.label(Stage::CrossAttention, Some(j));
         let o = match rec.selected {
             Some(selected) => gather.node(&mut rec.graph, q, selected),
             None => dense.node(&mut rec.graph, q),
         };
+        rec.graph.label(Stage::CrossProjections, Some(j));
         rec.x = out.node(&mut rec.graph, o, Some(rec.x));
         Ok(())
     }
@@ -323,6 +337,7 @@ impl Backend for Ggml {
         let weights = Arc::clone(&self.model.weights);
         let output = self.linear(&[&weights.output], Some(&weights.output_norm));
         let rec = self.recording();
+        rec.graph.label(Stage::Logits, None);
         rec.logits = Some(output.node(&mut rec.graph, rec.x, None));
         Ok(())
     }
@@ -334,6 +349,17 @@ impl Backend for Ggml {
         let Some(logits) = ready.logits else { return Ok(&[]) };
         // SAFETY: the node holds rows * width floats in the arena, which stays until the next run.
         Ok(unsafe { std::slice::from_raw_parts(logits.data::<f32>(), logits.rows() * logits.width()) })
+    }
+
+    fn set_timing(&mut self, on: bool) -> Result<()> {
+        self.clock.switch(on);
+        // Routing is recorded with, or without, its scores apart.
+        self.graphs.clear();
+        Ok(())
+    }
+
+    fn timings(&mut self) -> Result<Vec<Timing>> {
+        Ok(self.clock.take())
     }
 
     fn selection(&mut self, output: usize) -> Result<Vec<u32>> {

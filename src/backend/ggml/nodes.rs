@@ -1,16 +1,18 @@
 //! Our kernels as custom nodes: each fills its op's contract struct from the batch in hand and calls the kernel on every thread.
+use std::cell::UnsafeCell;
 use std::ptr;
 use std::sync::Arc;
 
 use ggml_kernels::contracts::{
-    clsa_attention, clsa_gather_attention, clsa_rope_append, clsa_route, clsa_rows,
+    clsa_attention, clsa_gather_attention, clsa_rope_append, clsa_route, clsa_rows, clsa_score,
 };
 use ggml_kernels::ggml as g;
 
 use super::Ggml;
 use super::graph::{Graph, Node};
 use super::step::Shared;
-use crate::backend::Routing;
+use crate::backend::{Routing, Stage};
+use crate::cache::PAGE;
 use crate::config::{Heads, Rope};
 
 /// No cache: the op leaves this part out.
@@ -151,11 +153,17 @@ impl Route {
             let sized = self.op(q.rows(), columns, ptr::null(), ptr::null_mut());
             self.shared.grow_scratch(&sized);
         }
+        let alone = graph.is_timed().then(|| ScoresAlone::new(&self));
         let node = graph.custom(g::GGML_TYPE_I32, columns, q.rows(), &[q], move |dst, sources, ith, nth| {
             let op = self.op(dst.rows(), columns, sources[0].data(), dst.data());
             // SAFETY: as in Append::run.
             unsafe { self.shared.run(&op, ith, nth) }
         });
+        if let Some(alone) = alone {
+            graph.time_alone(Stage::Scoring, move |dst, sources, ith, nth| {
+                alone.run(dst, sources[0], ith, nth)
+            });
+        }
         graph.keep(node);
         node
     }
@@ -173,6 +181,40 @@ impl Route {
             keys: self.keys,
             selected,
             count: self.shared.counts(),
+        }
+    }
+}
+
+/// The scores of all index keys without a selection, to be timed apart: `route` selects while it scores.
+struct ScoresAlone {
+    shared: Arc<Shared>,
+    keys: clsa_rows,
+    /// One for each position of a slot.
+    scores: Box<[UnsafeCell<f32>]>,
+}
+
+// SAFETY: as for Append.
+unsafe impl Send for ScoresAlone {}
+// SAFETY: as for Append; nobody reads the scores.
+unsafe impl Sync for ScoresAlone {}
+
+impl ScoresAlone {
+    fn new(route: &Route) -> Self {
+        let positions = route.shared.batch(true).table_stride as usize * PAGE;
+        let scores = (0..positions).map(|_| UnsafeCell::new(0.0)).collect();
+        Self { shared: Arc::clone(&route.shared), keys: route.keys, scores }
+    }
+
+    fn run(&self, dst: Node, query: Node, ith: usize, nth: usize) {
+        let (batch, d) = (self.shared.batch(true), self.keys.width);
+        for r in 0..dst.rows() {
+            // SAFETY: the batch has a position and a slot for each output row.
+            let (pos, slot) = unsafe { (*batch.pos.add(r), *batch.slot.add(r)) };
+            let q = query.data::<f32>().wrapping_add(r * d as usize);
+            let out = UnsafeCell::raw_get(self.scores.as_ptr());
+            let op = clsa_score { batch, d, slot, start: 0, n: pos + 1, q, out, keys: self.keys };
+            // SAFETY: as in Append::run; there is a score for every position of a slot.
+            unsafe { self.shared.run(&op, ith, nth) }
         }
     }
 }
