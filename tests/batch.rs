@@ -2,7 +2,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -97,26 +97,55 @@ fn a_result_depends_neither_on_neighbours_nor_on_sharing() {
     }
 }
 
-#[test]
-fn killed_at_any_moment_it_goes_on() {
-    let work = Work::new(&jobs(40));
-    let whole = work.run("whole.jsonl", &["--parallel", "4"]);
+/// Kills a run of `n` jobs `kills` times, at moments spread over the time that it takes, and compares with a run that nobody killed.
+fn killed(n: usize, kills: u32) {
+    let work = Work::new(&jobs(n));
+    let more = ["--parallel", "4"];
+    let spawn =
+        |output: &Path| work.command(output, &more).stderr(Stdio::null()).spawn().expect("clsa batch");
+    let lines = |output: &Path| std::fs::read_to_string(output).unwrap_or_default().lines().count();
+    // When the first result comes, and when the last one.
+    let path = work.dir.path().join("whole.jsonl");
+    let started = Instant::now();
+    let mut child = spawn(&path);
+    while lines(&path) == 0 && child.try_wait().expect("a status").is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let first = started.elapsed();
+    assert!(child.wait().expect("a status").success());
+    let share = (started.elapsed() - first) / kills;
+    let whole = by_id(&path);
     let output = work.dir.path().join("killed.jsonl");
-    let mut kills = 0;
-    for attempt in 0..60u64 {
-        let mut child =
-            work.command(&output, &["--parallel", "4"]).stderr(Stdio::null()).spawn().expect("clsa batch");
-        std::thread::sleep(Duration::from_millis(20 + attempt * 37 % 160));
-        if child.try_wait().expect("a status").is_some_and(|s| s.success()) {
+    let (mut random, mut killed) = (1u64, 0);
+    for _ in 0..kills {
+        let mut child = spawn(&output);
+        // Knuth's multiplier: anything up to the share of a run, after most of the time that a start takes, which shrinks as jobs end.
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        std::thread::sleep(first / 2 + share * (random >> 56) as u32 / 256);
+        if child.try_wait().expect("a status").is_some() {
             break;
         }
-        kills += 1;
+        killed += 1;
         child.kill().expect("kill");
         child.wait().expect("a status");
     }
-    let finished = work.command(&output, &["--parallel", "4"]).output().expect("clsa batch");
+    let before = lines(&output);
+    let finished = work.command(&output, &more).output().expect("clsa batch");
     assert!(finished.status.success(), "{}", String::from_utf8_lossy(&finished.stderr));
-    assert_eq!(by_id(&output), whole, "after {kills} kills");
+    assert_eq!(by_id(&output), whole, "after {killed} kills");
+    println!("{n} jobs, {killed} kills, {before} results before the last run, all byte-identical");
+    assert!(killed * 2 >= kills && before > 0, "{killed} kills, {before} results before the last run");
+}
+
+#[test]
+fn killed_at_any_moment_it_goes_on() {
+    killed(60, 12);
+}
+
+#[test]
+#[ignore = "slow: a thousand jobs, killed fifty times"]
+fn killed_fifty_times_it_goes_on() {
+    killed(1000, 50);
 }
 
 #[test]

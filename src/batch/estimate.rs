@@ -47,8 +47,13 @@ pub fn measure(engine: &mut Engine, sequences: usize, depth: usize) -> Result<Ra
     }
     let prefill = ran as f64 / took.as_secs_f64();
 
+    if engine.context() < 2 {
+        // No job generates anything.
+        return Ok(Rates { prefill, decode: f64::INFINITY, sequences, depth: 0 });
+    }
     // One past for all, so that it costs one sequence's memory.
-    let steps = 8.min(engine.context() - 1);
+    let steps = PAGE.min(engine.context() / 2).max(1);
+    // Each sequence copies its last page when it grows, and takes one more at most.
     let pages = engine.free_pages().saturating_sub(2 * sequences) * PAGE;
     let depth = depth.min(engine.context() - steps).min(pages).max(1);
     let first = engine.create()?;

@@ -226,6 +226,7 @@ impl Progress {
             "generated_tokens": t.generated,
             "prompt_seconds": t.prompt_seconds,
             "decode_seconds": t.decode_seconds,
+            "decode_tokens": t.decoded,
             "cache_bytes": s.memory,
             "seconds_left": self.seconds_left(s),
         })

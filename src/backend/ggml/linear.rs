@@ -56,7 +56,7 @@ impl Linear {
     pub fn node(self, graph: &mut Graph, x: Node, add: Option<Node>) -> Node {
         debug_assert_eq!(x.width(), self.n_in);
         let rows = x.rows();
-        let packed = (rows > matmul::PRIVATE_ROWS).then(|| self.pack_node(graph, x));
+        let packed = (rows > self.private_rows()).then(|| self.pack_node(graph, x));
         let width =
             if self.swiglu { self.matrices[0].n_out } else { self.matrices.iter().map(|m| m.n_out).sum() };
         // SAFETY: nodes are recorded while no graph runs.
@@ -72,6 +72,11 @@ impl Linear {
             // SAFETY: sources and destination have the shapes of the contract by construction of the node; weights lie in the map.
             unsafe { self.shared.run(&op, ith, nth) }
         })
+    }
+
+    /// Rows that every piece of the op packs for itself: beyond two, what the pieces do again and again costs more than an op of its own.
+    fn private_rows(&self) -> usize {
+        if self.shared.pieces == 1 { matmul::PRIVATE_ROWS } else { 2 }
     }
 
     fn pack_node(&self, graph: &mut Graph, x: Node) -> Node {
