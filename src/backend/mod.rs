@@ -78,6 +78,8 @@ pub enum Stage {
     Scoring,
     /// Selection of the best positions.
     TopK,
+    /// Scoring, selection and the copy of the selected rows, where a device does not tell them apart.
+    Routing,
     /// Norm, q and output projections of the cross-decoder.
     CrossProjections,
     /// Attention of the cross-decoder to the selected, or all, positions.
@@ -92,7 +94,7 @@ pub enum Stage {
 
 impl Stage {
     /// Every part, in the order of a step.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Embedding,
         Self::SelfProjections,
         Self::SelfAttention,
@@ -100,6 +102,7 @@ impl Stage {
         Self::SharedMemory,
         Self::Scoring,
         Self::TopK,
+        Self::Routing,
         Self::CrossProjections,
         Self::CrossAttention,
         Self::Logits,
@@ -118,6 +121,7 @@ impl std::fmt::Display for Stage {
             Self::SharedMemory => "shared memory",
             Self::Scoring => "scoring",
             Self::TopK => "top-k",
+            Self::Routing => "scoring and top-k",
             Self::CrossProjections => "cross projections",
             Self::CrossAttention => "cross attention",
             Self::Logits => "logits",

@@ -80,6 +80,15 @@ impl Stream {
         // SAFETY: both handles live.
         unsafe { driver!(cuEventRecord(event.handle, self.handle)) }
     }
+    /// Queues the recording of `event`, whose time can then be asked for. `into_graph`: work is being recorded, and every launch of the
+    /// graph records the event anew.
+    pub fn record_timed(&self, event: &Event, into_graph: bool) -> Result<()> {
+        self.device.bind()?;
+        let flags =
+            if into_graph { cu::CUevent_record_flags_enum::CU_EVENT_RECORD_EXTERNAL as c_uint } else { 0 };
+        // SAFETY: both handles live.
+        unsafe { driver!(cuEventRecordWithFlags(event.handle, self.handle, flags)) }
+    }
     /// Lets later work of this stream wait for `event`.
     pub fn wait(&self, event: &Event) -> Result<()> {
         self.device.bind()?;

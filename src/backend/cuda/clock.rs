@@ -31,7 +31,13 @@ impl Clock {
     }
 
     /// A stage ends here.
-    pub fn mark(&mut self, stream: &Stream, recording: bool, stage: Stage, layer: Option<usize>) -> Result<()> {
+    pub fn mark(
+        &mut self,
+        stream: &Stream,
+        recording: bool,
+        stage: Stage,
+        layer: Option<usize>,
+    ) -> Result<()> {
         if self.used == self.marks.len() {
             self.marks.push(Mark { stage, layer, event: self.device.event()? });
         }

@@ -4,6 +4,7 @@
 //! shape replay the graph, whose kernels find everything that varies in device memory. A batch of more rows (a prompt) expands one
 //! weight at a time to f16 for cuBLASLt.
 mod caches;
+mod clock;
 mod linear;
 mod scratch;
 mod step;
@@ -18,11 +19,12 @@ use ggml_kernels::cuda::ops::{attention_prefill, rope_append};
 use ggml_kernels::cuda::{self, Device, Graph, Pinned, Stream};
 
 use self::caches::Caches;
+use self::clock::Clock;
 use self::linear::Input;
 use self::scratch::{FEW, Scratch, Sizes};
 use self::step::Step;
 use self::weights::Weights;
-use super::{Backend, Batch, Memory, Record, Routing};
+use super::{Backend, Batch, Memory, Record, Routing, Stage, Timing};
 use crate::cache::{CacheSpec, PageTables};
 use crate::config::{Config, Heads};
 use crate::error::{Error, Result};
@@ -104,6 +106,7 @@ pub struct Cuda {
     shape: Shape,
     state: State,
     age: u64,
+    clock: Option<Clock>,
     logits_host: Pinned<f32>,
     device: Device,
 }
@@ -162,6 +165,7 @@ impl Cuda {
             shape,
             state: State::default(),
             age: 0,
+            clock: None,
             logits_host: device.pinned(spec.max_outputs * c.vocab)?,
             stream,
             device,
@@ -206,6 +210,15 @@ impl Cuda {
             d: heads.head_dim as i32,
             eps: self.model.config.rms_eps,
             ..Default::default()
+        }
+    }
+
+    /// Ends a stage of the step, where stages are timed.
+    fn mark(&mut self, stage: Stage, layer: Option<usize>) -> Result<()> {
+        let recording = self.state.recording;
+        match &mut self.clock {
+            Some(clock) => clock.mark(&self.stream, recording, stage, layer),
+            None => Ok(()),
         }
     }
 
@@ -282,6 +295,10 @@ impl Backend for Cuda {
         }
         self.shape = Shape::new(batch, routing, top_k);
         self.step.set(&self.stream, batch, tables)?;
+        if self.clock.is_some() {
+            // Events belong to one graph: each step is recorded anew.
+            self.graphs.remove(&self.shape);
+        }
         if let Some(ready) = self.graphs.get(&self.shape) {
             self.state = State { recording: false, ..ready.state };
             return Ok(Record::Reused);
@@ -296,6 +313,9 @@ impl Backend for Cuda {
             self.stream.begin_capture()?;
             self.state.recording = true;
         }
+        if let Some(clock) = &mut self.clock {
+            clock.start(&self.stream, self.state.recording)?;
+        }
         Ok(Record::Needed)
     }
 
@@ -309,7 +329,8 @@ impl Backend for Cuda {
         };
         // SAFETY: x holds max_rows rows; the engine checked the tokens, and the kernel does again.
         unsafe { matmul::embed(&self.stream, p) }?;
-        self.step.compute_angles(&self.stream)
+        self.step.compute_angles(&self.stream)?;
+        self.mark(Stage::Embedding, None)
     }
 
     fn self_attention(&mut self, i: usize) -> Result<()> {
@@ -338,6 +359,7 @@ impl Backend for Cuda {
             ..self.append(c.self_heads)
         };
         let attention = self.attention(c.self_heads, c.window.unwrap_or(0), (k_cache, v_cache));
+        self.mark(Stage::SelfProjections, Some(i))?;
         // SAFETY: buffers and caches of this backend, sized for max_rows; the engine's page tables name pages of the pools.
         unsafe {
             if self.shape.distinct {
@@ -349,13 +371,16 @@ impl Backend for Cuda {
                 }
             }
         }
-        self.output(&layer.o, &layer.ffn.gate)
+        self.mark(Stage::SelfAttention, Some(i))?;
+        self.output(&layer.o, &layer.ffn.gate)?;
+        self.mark(Stage::SelfProjections, Some(i))
     }
 
     fn feed_forward(&mut self, i: usize) -> Result<()> {
         let weights = self.model.weights.clone();
         let next = weights.layers.get(i + 1).map(|l| &l.q);
-        self.gated(&weights.layers[i], next)
+        self.gated(&weights.layers[i], next)?;
+        self.mark(Stage::FeedForward, Some(i))
     }
 
     fn append_shared(&mut self) -> Result<()> {
@@ -398,7 +423,7 @@ impl Backend for Cuda {
             // SAFETY: as above.
             unsafe { rope_append(&self.stream, &op) }?;
         }
-        Ok(())
+        self.mark(Stage::SharedMemory, None)
     }
 
     fn keep_outputs(&mut self) -> Result<()> {
@@ -423,7 +448,8 @@ impl Backend for Cuda {
             }
         }
         self.state.moved = true;
-        self.step.compute_kept_angles(&self.stream)
+        self.step.compute_kept_angles(&self.stream)?;
+        self.mark(Stage::Other, None)
     }
 
     fn route(&mut self) -> Result<()> {
@@ -449,7 +475,7 @@ impl Backend for Cuda {
             }
         }
         self.state.routed = true;
-        Ok(())
+        self.mark(Stage::Routing, None)
     }
 
     fn cross_attention(&mut self, j: usize) -> Result<()> {
@@ -471,6 +497,7 @@ impl Backend for Cuda {
             // SAFETY: buffers of this backend, sized for max_rows.
             unsafe { rope_append(&self.stream, &op) }?;
         }
+        self.mark(Stage::CrossProjections, Some(j))?;
         if self.state.routed {
             let op = self.gather_op();
             let gathered = self.s.gathered.holds(&op).then_some(&self.s.gathered);
@@ -481,7 +508,9 @@ impl Backend for Cuda {
             // SAFETY: as above.
             unsafe { self.s.decode.attention(&self.stream, &op) }?;
         }
-        self.output(&layer.o, &layer.ffn.gate)
+        self.mark(Stage::CrossAttention, Some(j))?;
+        self.output(&layer.o, &layer.ffn.gate)?;
+        self.mark(Stage::CrossProjections, Some(j))
     }
 
     fn logits(&mut self) -> Result<()> {
@@ -489,7 +518,7 @@ impl Backend for Cuda {
         let out = [(&weights.output, self.s.logits.ptr())];
         self.linear(self.residual(&weights.output_norm), &out, Mode::Store, None)?;
         self.state.logits = true;
-        Ok(())
+        self.mark(Stage::Logits, None)
     }
 
     fn finish(&mut self) -> Result<&[f32]> {
@@ -513,6 +542,16 @@ impl Backend for Cuda {
         }
         self.stream.synchronize()?;
         Ok(&self.logits_host[..n])
+    }
+
+    fn set_timing(&mut self, on: bool) -> Result<()> {
+        self.stream.synchronize()?;
+        self.graphs.clear();
+        self.clock = if on { Some(Clock::new(&self.device)?) } else { None };
+        Ok(())
+    }
+    fn timings(&mut self) -> Result<Vec<Timing>> {
+        self.clock.as_ref().map_or_else(|| Ok(vec![]), Clock::timings)
     }
 
     fn selection(&mut self, output: usize) -> Result<Vec<u32>> {
