@@ -3,8 +3,10 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::backend::{Backend, Batch, Routing};
-use crate::cache::{CacheSpec, CacheType, PAGE, PagePool, PageTables, RandomRows, pools, ring_len};
+use ggml_kernels::quant;
+
+use crate::backend::{Backend, Batch, Queries, Routing};
+use crate::cache::{CacheSpec, CacheType, PAGE, PagePool, PageTables, PoolKind, RandomRows, pools, ring_len};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::model::{Model, forward};
@@ -366,6 +368,62 @@ impl Engine {
     /// What the backend reports.
     pub fn selection(&mut self, output: usize) -> Result<Vec<u32>> {
         self.backend.selection(output)
+    }
+
+    /// Whether batches from now on keep the queries of their output rows for [`Self::queries`].
+    ///
+    /// # Errors
+    /// [`Error::Input`] on a device that does not hand them out.
+    pub fn keep_queries(&mut self, keep: bool) -> Result<()> {
+        self.backend.keep_queries(keep)
+    }
+
+    /// What the output rows of the last batch asked of the shared memory.
+    ///
+    /// # Errors
+    /// As [`Self::keep_queries`].
+    pub fn queries(&mut self) -> Result<Queries> {
+        self.backend.queries()
+    }
+
+    /// The shared keys of a sequence's positions from `from` on: K rows `[positions][n_kv * d]` and index keys `[positions][d_idx]` (empty
+    /// without an indexer), as the caches hold them.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a Transformer, which has no shared memory; what the backend reports.
+    pub fn shared_keys(&mut self, seq: SeqId, from: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+        if !self.model.config.is_yoco() {
+            return Err(Error::Input("a Transformer has no shared memory: use a YOCO model".into()));
+        }
+        let (len, pages) = (self.len(seq), self.sequence(seq).pages.clone());
+        let pools = pools(&self.model.config, &self.spec);
+        let (mut keys, mut index, mut bytes) = (vec![], vec![], vec![]);
+        for (i, page) in pages.into_iter().enumerate().skip(from / PAGE) {
+            let rows = PAGE.min(len - i * PAGE);
+            let first = from.saturating_sub(i * PAGE).min(rows);
+            bytes.clear();
+            self.backend.read_page(page, rows, &mut bytes)?;
+            let mut at = 0;
+            for pool in &pools {
+                let row = pool.cache_type.row_bytes(pool.width);
+                let to = match pool.kind {
+                    PoolKind::K => Some(&mut keys),
+                    PoolKind::Index => Some(&mut index),
+                    PoolKind::V => None,
+                };
+                if let Some(to) = to {
+                    let old: usize = to.len();
+                    to.resize(old + (rows - first) * pool.width, 0.0);
+                    quant::dequantize(
+                        pool.cache_type.quant(),
+                        &bytes[at + first * row..at + rows * row],
+                        &mut to[old..],
+                    );
+                }
+                at += rows * row;
+            }
+        }
+        Ok((keys, index))
     }
 
     /// Cuts a sequence back to at most `len` positions and returns the length it has now: less than `len` when the windows have moved

@@ -142,6 +142,15 @@ pub struct Timing {
     pub seconds: f64,
 }
 
+/// What the cross-decoder asked of the shared memory: queries of a batch's output rows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Queries {
+    /// For each cross layer `[outputs][n_head * d]`, as attention takes them: turned by their position where the model does so.
+    pub layers: Vec<Vec<f32>>,
+    /// Index queries, `[outputs][d_idx]`; empty without an indexer.
+    pub index: Vec<f32>,
+}
+
 /// The verbs of a model on one device.
 ///
 /// Layer indices run over the whole model: self-decoder `0..n_self`, cross-decoder `n_self..n_layer`.
@@ -190,6 +199,22 @@ pub trait Backend: Send {
     /// Empty when nothing was routed.
     fn selection(&mut self, output: usize) -> Result<Vec<u32>>;
 
+    /// Whether batches from now on keep the queries of their output rows for [`Self::queries`].
+    ///
+    /// # Errors
+    /// [`Error::Input`] on a device that does not hand them out.
+    fn keep_queries(&mut self, keep: bool) -> Result<()> {
+        if keep { Err(no_queries(&self.describe())) } else { Ok(()) }
+    }
+
+    /// The queries of the last batch, which [`Self::keep_queries`] asked for; empty where nothing was kept.
+    ///
+    /// # Errors
+    /// As [`Self::keep_queries`].
+    fn queries(&mut self) -> Result<Queries> {
+        Err(no_queries(&self.describe()))
+    }
+
     /// Copies a page in every pool (copy-on-write of a shared, partly filled page).
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()>;
     /// Bytes of the first `rows` positions of a page: for each pool in the order of [`crate::cache::pools`], `rows` rows.
@@ -201,4 +226,8 @@ pub trait Backend: Send {
     fn save_window(&mut self, slot: u32, len: usize) -> Result<Vec<u8>>;
     /// The reverse of [`Self::save_window`], into any slot.
     fn load_window(&mut self, slot: u32, len: usize, bytes: &[u8]) -> Result<()>;
+}
+
+fn no_queries(device: &str) -> Error {
+    Error::Input(format!("{device} does not hand out the queries of attention: use --device cpu"))
 }

@@ -1,7 +1,7 @@
 //! The oracle: plain f32, one row after another, written from the equations of model.md alone. Never optimised.
 use ggml_kernels::quant;
 
-use super::{Backend, Batch, Memory, Record, Routing};
+use super::{Backend, Batch, Memory, Queries, Record, Routing};
 use crate::cache::{CacheSpec, CacheType, PAGE, PageTables, pools};
 use crate::config::{Heads, Rope};
 use crate::error::{Error, Result};
@@ -28,6 +28,8 @@ pub struct Reference {
     /// qidx of every row, from `append_shared`.
     index_queries: Vec<Vec<f32>>,
     selections: Vec<Vec<u32>>,
+    /// Queries of every cross layer so far, when they are asked for.
+    queries: Option<Vec<Vec<f32>>>,
     logits: Vec<f32>,
 }
 
@@ -51,6 +53,7 @@ impl Reference {
             x: vec![],
             index_queries: vec![],
             selections: vec![],
+            queries: None,
             logits: vec![],
             model,
             spec,
@@ -154,6 +157,9 @@ impl Backend for Reference {
         self.rows = (0..batch.tokens.len()).collect();
         self.selections.clear();
         self.logits.clear();
+        if let Some(queries) = &mut self.queries {
+            queries.clear();
+        }
         Ok(Record::Needed)
     }
 
@@ -297,6 +303,9 @@ impl Backend for Reference {
                 }
             })
             .collect();
+        if let Some(queries) = &mut self.queries {
+            queries.push(q.concat());
+        }
         let y = self.linear(&layer.o, &o);
         self.add(&y);
         Ok(())
@@ -315,6 +324,20 @@ impl Backend for Reference {
 
     fn selection(&mut self, output: usize) -> Result<Vec<u32>> {
         Ok(self.selections.get(output).cloned().unwrap_or_default())
+    }
+
+    fn keep_queries(&mut self, keep: bool) -> Result<()> {
+        self.queries = keep.then(Vec::new);
+        Ok(())
+    }
+
+    fn queries(&mut self) -> Result<Queries> {
+        let Some(layers) = self.queries.clone().filter(|layers| !layers.is_empty()) else {
+            return Ok(Queries::default());
+        };
+        let indexed = self.rows.iter().filter(|_| self.model.config.indexer.is_some());
+        let index = indexed.flat_map(|&r| self.index_queries[r].clone()).collect();
+        Ok(Queries { layers, index })
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {

@@ -19,7 +19,7 @@ use self::clock::Clock;
 use self::graph::{Arena, Context, Graph, Node, Runner};
 use self::step::Shared;
 use self::team::Team;
-use super::{Backend, Batch, Memory, Record, Routing, Stage, Timing};
+use super::{Backend, Batch, Memory, Queries, Record, Routing, Stage, Timing};
 use crate::cache::{CacheSpec, PageTables};
 use crate::error::{Error, Result};
 use crate::model::{Model, Weight};
@@ -52,6 +52,8 @@ struct Shape {
     outputs: usize,
     routing: Routing,
     top_k: usize,
+    /// Whether the queries of the output rows are kept.
+    queries: bool,
 }
 
 /// A graph that can be run again for any batch of its shape.
@@ -59,7 +61,15 @@ struct Ready {
     graph: Graph,
     logits: Option<Node>,
     selected: Option<Node>,
+    queries: KeptQueries,
     age: u64,
+}
+
+/// Nodes whose values are kept for [`Backend::queries`].
+#[derive(Default)]
+struct KeptQueries {
+    layers: Vec<Node>,
+    index: Option<Node>,
 }
 
 /// A graph that the verbs are filling.
@@ -71,6 +81,7 @@ struct Recording {
     /// The self-decoder's result, of the rows of `x`: what the indexer sees.
     memory: Option<Node>,
     selected: Option<Node>,
+    queries: KeptQueries,
     logits: Option<Node>,
 }
 
@@ -121,7 +132,7 @@ impl Ggml {
             arena: Arena::new(),
             interrupt,
             graphs: HashMap::new(),
-            shape: Shape { rows: 0, outputs: 0, routing: Routing::Dense, top_k: 0 },
+            shape: Shape { rows: 0, outputs: 0, routing: Routing::Dense, top_k: 0, queries: false },
             recording: None,
             model,
             spec,
@@ -161,7 +172,7 @@ impl Ggml {
     /// Ends the recording, if there is one, and returns the graph for the present shape.
     fn ready(&mut self) -> Result<&mut Ready> {
         let age = self.graphs.values().map(|r| r.age).max().unwrap_or(0) + 1;
-        if let Some(Recording { mut graph, x, logits, selected, .. }) = self.recording.take() {
+        if let Some(Recording { mut graph, x, logits, selected, queries, .. }) = self.recording.take() {
             match logits {
                 Some(logits) => graph.keep(logits),
                 None => graph.expand(x),
@@ -173,7 +184,7 @@ impl Ggml {
                 let oldest = self.graphs.iter().min_by_key(|(_, r)| r.age).map(|(shape, _)| *shape);
                 oldest.and_then(|shape| self.graphs.remove(&shape));
             }
-            self.graphs.insert(self.shape, Ready { graph, logits, selected, age });
+            self.graphs.insert(self.shape, Ready { graph, logits, selected, queries, age });
         }
         let ready =
             self.graphs.get_mut(&self.shape).ok_or_else(|| Error::Runtime("no batch was begun".into()))?;
@@ -206,7 +217,7 @@ impl Backend for Ggml {
         // SAFETY: no graph runs while the backend is borrowed mutably.
         unsafe { self.shared.set(batch, tables) };
         let (rows, outputs) = (batch.tokens.len(), batch.outputs.len());
-        self.shape = Shape { rows, outputs, routing, top_k };
+        self.shape = Shape { rows, outputs, routing, top_k, ..self.shape };
         if self.graphs.contains_key(&self.shape) {
             return Ok(Record::Reused);
         }
@@ -214,8 +225,15 @@ impl Backend for Ggml {
         let graph = Graph::new(64 + 16 * self.model.config.n_layer, team, self.shared.pieces, clock)?;
         // `embed` replaces this placeholder before anything reads it.
         let x = Node(std::ptr::null_mut());
-        self.recording =
-            Some(Recording { graph, x, kept: outputs == rows, memory: None, selected: None, logits: None });
+        self.recording = Some(Recording {
+            graph,
+            x,
+            kept: outputs == rows,
+            memory: None,
+            selected: None,
+            queries: KeptQueries::default(),
+            logits: None,
+        });
         Ok(Record::Needed)
     }
 
@@ -317,11 +335,24 @@ impl Backend for Ggml {
         let (query, out) = (self.linear(&[&layer.q], Some(&layer.attn_norm)), self.linear(&[&layer.o], None));
         let rope = self.model.config.cross_rope.is_some().then(|| self.cross_rope());
         let (gather, dense) = (self.gather(), self.cross_attend());
+        let keep = self.shape.queries;
+        let index = (weights.shared.as_ref().and_then(|s| Some((&s.norm, &s.indexer.as_ref()?.0))))
+            .filter(|_| keep && self.recording().queries.index.is_none())
+            .map(|(norm, wq)| self.linear(&[wq], Some(norm)));
         let rec = self.recording();
         rec.graph.label(Stage::CrossProjections, Some(j));
         let mut q = query.node(&mut rec.graph, rec.x, None);
         if let Some(rope) = rope {
             q = rope.node(&mut rec.graph, q);
+        }
+        if keep {
+            rec.graph.keep(q);
+            rec.queries.layers.push(q);
+        }
+        if let (Some(index), Some(memory)) = (index, rec.memory) {
+            let q = index.node(&mut rec.graph, memory, None);
+            rec.graph.keep(q);
+            rec.queries.index = Some(q);
         }
         rec.graph.label(Stage::CrossAttention, Some(j));
         let o = match rec.selected {
@@ -373,6 +404,24 @@ impl Backend for Ggml {
             std::slice::from_raw_parts(selected.data::<u32>().add(output * selected.width()), count)
         }
         .to_vec())
+    }
+
+    fn keep_queries(&mut self, keep: bool) -> Result<()> {
+        self.shape.queries = keep;
+        Ok(())
+    }
+
+    fn queries(&mut self) -> Result<Queries> {
+        let Some(ready) = self.graphs.get(&self.shape) else { return Ok(Queries::default()) };
+        let values = |node: &Node| {
+            // SAFETY: the node holds rows * width floats in the arena, which stays until the next run.
+            unsafe { std::slice::from_raw_parts(node.data::<f32>(), node.rows() * node.width()) }.to_vec()
+        };
+        let KeptQueries { layers, index } = &ready.queries;
+        Ok(Queries {
+            layers: layers.iter().map(values).collect(),
+            index: index.as_ref().map_or_else(Vec::new, values),
+        })
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {
