@@ -168,10 +168,15 @@ pub(crate) fn byte_bar(len: u64) -> ProgressBar {
 
 /// A progress bar over tokens on standard error, with rate and time left; invisible when that is no terminal.
 pub(crate) fn token_bar(what: &'static str) -> ProgressBar {
+    count_bar(what, "tokens")
+}
+
+/// A progress bar over things with a name, as [`token_bar`].
+pub(crate) fn count_bar(what: &'static str, unit: &str) -> ProgressBar {
     let target =
         if io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let template = "{msg} {wide_bar} {pos}/{len} tokens {per_sec} {eta}";
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let template = format!("{{msg}} {{wide_bar}} {{pos}}/{{len}} {unit} {{per_sec}} {{eta}}");
+    let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::with_draw_target(None, target).with_style(style).with_message(what)
 }
 

@@ -1,10 +1,17 @@
 //! Measures of what quantization, sparsity and length cost.
 pub mod base;
+pub mod consistency;
+pub mod coverage;
 pub mod divergence;
 pub mod perplexity;
+pub mod plot;
+pub mod ruler;
+pub mod state;
+
+use serde::{Deserialize, Serialize};
 
 /// Mean of independent values, and the standard error of that mean.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Mean {
     n: u64,
     sum: f64,
@@ -17,6 +24,19 @@ impl Mean {
         self.n += 1;
         self.sum += value;
         self.squares += value * value;
+    }
+
+    /// Takes the values of another.
+    pub fn merge(&mut self, other: &Self) {
+        self.n += other.n;
+        self.sum += other.sum;
+        self.squares += other.squares;
+    }
+
+    /// The mean; `None` without any values.
+    #[must_use]
+    pub fn get(&self) -> Option<f64> {
+        (self.n > 0).then(|| self.mean())
     }
 
     /// Number of values.
@@ -51,6 +71,12 @@ pub fn log_sum_exp(logits: &[f32]) -> f64 {
         return f64::from(max);
     }
     f64::from(max) + logits.iter().map(|&l| f64::from((l - max).exp())).sum::<f64>().ln()
+}
+
+/// The most likely token; the lowest of equals.
+#[must_use]
+pub fn argmax(logits: &[f32]) -> u32 {
+    (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best }) as u32
 }
 
 #[cfg(test)]

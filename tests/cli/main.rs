@@ -1,5 +1,6 @@
 //! The real binary: exit codes, what goes to standard output and what to standard error, signals, pipes.
 mod bench;
+mod eval;
 mod run;
 mod signals;
 mod structured;

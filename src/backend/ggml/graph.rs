@@ -255,8 +255,12 @@ impl Arena {
     /// Gives every node of the graph its place. Returns whether the arena had to move, which invalidates all other graphs.
     pub fn place(&mut self, graph: &mut Graph) -> Result<bool> {
         let before = self.bytes();
+        // Planned anew each time: ggml would take the last plan for any graph with as many nodes, though others of them are kept.
         // SAFETY: both are live.
-        if !unsafe { g::ggml_gallocr_alloc_graph(self.0, graph.graph) } {
+        let placed = unsafe {
+            g::ggml_gallocr_reserve(self.0, graph.graph) && g::ggml_gallocr_alloc_graph(self.0, graph.graph)
+        };
+        if !placed {
             return Err(Error::Runtime("ggml could not place a graph in scratch memory: lower -ub".into()));
         }
         Ok(self.bytes() != before)

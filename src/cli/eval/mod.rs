@@ -1,5 +1,9 @@
 //! `clsa eval`: what quantization, sparsity and length cost.
+mod consistency;
+mod coverage;
 mod perplexity;
+mod results;
+mod ruler;
 
 use clap::{Args, Subcommand};
 
@@ -17,6 +21,14 @@ pub struct EvalArgs {
 enum EvalCommand {
     /// Cross-entropy and perplexity of a text, and divergence from reference logits
     Perplexity(Box<perplexity::PerplexityArgs>),
+    /// How much of the dense attention the selected positions hold
+    Coverage(Box<coverage::CoverageArgs>),
+    /// A fact hidden in a long text, by length and depth
+    Needle(Box<ruler::NeedleArgs>),
+    /// RULER's thirteen tasks over long texts, by length
+    Ruler(Box<ruler::RulerArgs>),
+    /// Whether logits stay the same alone, batched, in other chunks, with other threads, from saved sessions
+    BatchConsistency(Box<consistency::ConsistencyArgs>),
 }
 
 /// Runs `clsa eval`.
@@ -26,5 +38,9 @@ enum EvalCommand {
 pub fn run(args: &EvalArgs) -> Result<()> {
     match &args.command {
         EvalCommand::Perplexity(args) => perplexity::run(args),
+        EvalCommand::Coverage(args) => coverage::run(args),
+        EvalCommand::Needle(args) => ruler::needle(args),
+        EvalCommand::Ruler(args) => ruler::ruler(args),
+        EvalCommand::BatchConsistency(args) => consistency::run(args),
     }
 }

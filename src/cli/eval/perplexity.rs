@@ -62,7 +62,11 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
     Ok(())
 }
 
-fn read_tokens(model: &Model, file: &Path) -> Result<Vec<u32>> {
+/// The tokens of a text file.
+///
+/// # Errors
+/// [`Error::Io`]; those of the tokenizer.
+pub fn read_tokens(model: &Model, file: &Path) -> Result<Vec<u32>> {
     let text = std::fs::read_to_string(file).map_err(|source| Error::Io { path: file.to_owned(), source })?;
     Ok(Tokenizer::from_gguf(&model.file)?.encode(&text, false)?)
 }
