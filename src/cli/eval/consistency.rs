@@ -56,7 +56,7 @@ pub struct ConsistencyArgs {
 }
 
 /// What sums in another order may come to, in logits (docs/evaluation.md).
-const TOLERANCE: f64 = 0.5;
+const TOLERANCE: f64 = 0.01;
 
 fn tolerance(text: &str) -> Result<f64, String> {
     let parsed = text.parse().ok().filter(|x: &f64| x.is_finite() && *x >= 0.0);
