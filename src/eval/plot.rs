@@ -9,6 +9,16 @@ use crate::error::{Error, Result};
 
 const FONT: &str = "sans-serif";
 
+/// Colours of lines, told apart also by their lightness.
+const LINES: [RGBColor; 6] = [
+    RGBColor(31, 90, 160),
+    RGBColor(230, 120, 20),
+    RGBColor(40, 140, 70),
+    RGBColor(190, 40, 50),
+    RGBColor(130, 90, 180),
+    RGBColor(100, 100, 100),
+];
+
 /// A table of numbers by column and row.
 #[derive(Clone, Debug, Default)]
 pub struct HeatMap {
@@ -103,7 +113,7 @@ impl Curves {
                 .margin(14)
                 .x_label_area_size(40)
                 .y_label_area_size(54)
-                .build_cartesian_2d((first..last.max(first * 1.01)).log_scale(), floor..1.0)?;
+                .build_cartesian_2d((first..last.max(first * 1.01)).log_scale().base(2.0), floor..1.0)?;
             chart
                 .configure_mesh()
                 .light_line_style(TRANSPARENT)
@@ -113,12 +123,13 @@ impl Curves {
                 .y_label_formatter(&|y| format!("{:.0} %", 100.0 * y))
                 .draw()?;
             for (i, (name, points)) in self.lines.iter().enumerate() {
-                let style = Palette99::pick(i).stroke_width(2);
+                let colour = LINES[i % LINES.len()];
+                let style = colour.stroke_width(2);
                 chart
                     .draw_series(LineSeries::new(points.iter().copied(), style))?
                     .label(name)
                     .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
-                chart.draw_series(points.iter().map(|p| Circle::new(*p, 3, Palette99::pick(i).filled())))?;
+                chart.draw_series(points.iter().map(|p| Circle::new(*p, 3, colour.filled())))?;
             }
             chart
                 .configure_series_labels()
