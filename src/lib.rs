@@ -17,6 +17,7 @@ pub mod engine;
 pub mod error;
 pub mod eval;
 pub mod generate;
+pub mod imatrix;
 pub mod interrupt;
 pub mod model;
 pub mod placement;

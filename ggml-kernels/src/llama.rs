@@ -1,4 +1,5 @@
 //! llama.cpp itself, to compare with: its tokenizer here, its forward pass in [`run`].
+pub mod observe;
 pub mod quantize;
 pub mod run;
 

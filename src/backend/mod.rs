@@ -5,6 +5,7 @@
 //! run everything in [`Backend::finish`].
 pub mod cuda;
 pub mod ggml;
+pub mod probe;
 pub mod reference;
 
 use serde::{Deserialize, Serialize};

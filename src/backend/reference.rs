@@ -1,6 +1,9 @@
 //! The oracle: plain f32, one row after another, written from the equations of model.md alone. Never optimised.
+use std::sync::Arc;
+
 use ggml_kernels::quant;
 
+use super::probe::Probe;
 use super::{Backend, Batch, Memory, Queries, Record, Routing};
 use crate::cache::{CacheSpec, CacheType, PAGE, PageTables, pools};
 use crate::config::{Heads, Rope};
@@ -31,6 +34,7 @@ pub struct Reference {
     /// Queries of every cross layer so far, when they are asked for.
     queries: Option<Vec<Vec<f32>>>,
     logits: Vec<f32>,
+    probe: Option<Arc<Probe>>,
 }
 
 impl Reference {
@@ -55,9 +59,15 @@ impl Reference {
             selections: vec![],
             queries: None,
             logits: vec![],
+            probe: None,
             model,
             spec,
         })
+    }
+
+    /// From now on `probe` sees what enters each product.
+    pub fn set_probe(&mut self, probe: Arc<Probe>) {
+        self.probe = Some(probe);
     }
 
     /// The residual stream after the last verb: every row of the batch, or, after `keep_outputs`, its output rows.
@@ -68,6 +78,9 @@ impl Reference {
 
     /// `W x` of every row.
     fn linear(&self, w: &Weight, x: &[Vec<f32>]) -> Vec<Vec<f32>> {
+        if let Some(input) = self.probe.as_ref().map(|p| p.input(&[w])) {
+            x.iter().for_each(|row| input.add(row, None, 0, 1));
+        }
         let bytes = self.model.bytes(w);
         let row_bytes = w.bytes / w.n_out;
         let mut out = vec![vec![0.0; w.n_out]; x.len()];

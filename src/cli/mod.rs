@@ -7,6 +7,7 @@ pub mod convert;
 pub mod devices;
 pub mod eval;
 pub mod grammar;
+pub mod imatrix;
 pub mod inspect;
 pub mod model;
 pub mod prefill;
@@ -74,6 +75,8 @@ pub enum Command {
     Batch(Box<batch::BatchArgs>),
     /// Measure what quantization, sparsity and length cost
     Eval(eval::EvalArgs),
+    /// Measure which columns of the weights matter, for better quantization
+    Imatrix(Box<imatrix::ImatrixArgs>),
     /// Show what is in a GGUF file
     Inspect(inspect::InspectArgs),
     /// Prove that every byte of a GGUF file is as it was written
@@ -100,6 +103,7 @@ impl Command {
             Self::Run(args) => run::run(&args),
             Self::Batch(args) => batch::run(&args),
             Self::Eval(args) => eval::run(&args),
+            Self::Imatrix(args) => imatrix::run(&args),
             Self::Inspect(args) => inspect::run(&args),
             Self::Verify(args) => verify::run(&args),
             Self::Completions(args) => completions::completions(&args),

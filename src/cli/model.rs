@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use clap::{Args, ValueEnum};
 
 use super::{human_bytes, threads_from};
-use crate::backend::{Backend, Routing, cuda::Cuda, ggml::Ggml, reference::Reference};
+use crate::backend::{Backend, Routing, cuda::Cuda, ggml::Ggml, probe::Probe, reference::Reference};
 use crate::cache::{CacheSpec, CacheType};
 use crate::engine::{Engine, Options};
 use crate::error::{Error, Result};
@@ -201,6 +201,38 @@ impl ModelArgs {
         if self.verbose {
             report(&engine, free);
         }
+        Ok(engine)
+    }
+
+    /// As [`Self::engine`], with a probe that sees what enters each product; on the CPU (or the reference) only.
+    ///
+    /// # Errors
+    /// As [`Self::engine`]; [`Error::Input`] with `--device cuda`.
+    pub fn probed_engine(
+        &self,
+        model: &Model,
+        options: &Options,
+        interrupt: Arc<AtomicBool>,
+        probe: &Arc<Probe>,
+    ) -> Result<Engine> {
+        let spec = options.cache_spec();
+        let backend: Box<dyn Backend> = match self.device {
+            Device::Cuda => {
+                return Err(Error::Input("activations are collected on the CPU only: use --device cpu".into()));
+            }
+            Device::Auto | Device::Cpu => {
+                let mut cpu = Ggml::new(model.clone(), spec, self.threads(), Arc::clone(&interrupt))?;
+                cpu.set_probe(Arc::clone(probe));
+                Box::new(cpu)
+            }
+            Device::Reference => {
+                let mut reference = Reference::new(model.clone(), spec)?;
+                reference.set_probe(Arc::clone(probe));
+                Box::new(reference)
+            }
+        };
+        let mut engine = Engine::new(model.clone(), backend, options)?;
+        engine.set_interrupt(interrupt);
         Ok(engine)
     }
 

@@ -3,8 +3,8 @@
 //! Layout, little endian: magic, window length, vocabulary, windows; the tokens of all windows; then for each scored position the least and
 //! largest log probability (f32), and `vocab` 16-bit steps between them. Log probabilities below `largest - RANGE` are cut off there: a
 //! step is then RANGE/65535 at most.
-use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use super::log_sum_exp;
@@ -22,20 +22,51 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Begins a file for these windows.
+    /// Begins a file for these windows, or goes on with one that was cut off, of whose windows at most `done` are kept. Returns how many
+    /// windows are there.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn create(path: &Path, len: usize, vocab: usize, windows: &[&[u32]]) -> Result<Self> {
+    pub fn create(
+        path: &Path,
+        len: usize,
+        vocab: usize,
+        windows: &[&[u32]],
+        done: usize,
+    ) -> Result<(Self, usize)> {
         let temporary = path.with_extension("part");
-        let out = BufWriter::with_capacity(1 << 20, File::create(&temporary).map_err(io(&temporary))?);
-        let mut writer = Self { out, temporary, path: path.to_owned() };
-        let header = [len as u64, vocab as u64, windows.len() as u64];
+        let numbers = [len as u64, vocab as u64, windows.len() as u64];
         let tokens = windows.iter().copied().flatten().flat_map(|t| t.to_le_bytes());
-        let bytes: Vec<u8> =
-            MAGIC.into_iter().chain(header.iter().flat_map(|n| n.to_le_bytes())).chain(tokens).collect();
-        writer.write(&bytes)?;
-        Ok(writer)
+        let header: Vec<u8> =
+            MAGIC.into_iter().chain(numbers.iter().flat_map(|n| n.to_le_bytes())).chain(tokens).collect();
+        let per_window = (len - 1 - len / 2) as u64 * (8 + 2 * vocab as u64);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let mut file = options.open(&temporary).map_err(io(&temporary))?;
+        let mut found = vec![];
+        (&mut file).take(header.len() as u64).read_to_end(&mut found).map_err(io(&temporary))?;
+        let size = file.metadata().map_err(io(&temporary))?.len();
+        let done = if found == header {
+            ((size - header.len() as u64) / per_window).min(done as u64) as usize
+        } else {
+            0
+        };
+        let kept = if done > 0 { header.len() as u64 + done as u64 * per_window } else { 0 };
+        file.set_len(kept).and_then(|()| file.seek(SeekFrom::Start(kept))).map_err(io(&temporary))?;
+        let out = BufWriter::with_capacity(1 << 20, file);
+        let mut writer = Self { out, temporary, path: path.to_owned() };
+        if done == 0 {
+            writer.write(&header)?;
+        }
+        Ok((writer, done))
+    }
+
+    /// Hands all that was pushed to the system, so that a run that is cut off later can go on from here.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn flush(&mut self) -> Result<()> {
+        self.out.flush().map_err(io(&self.temporary))
     }
 
     /// Adds one position.
@@ -137,7 +168,17 @@ impl Reader {
     /// How the windows were cut.
     #[must_use]
     pub fn cut(&self) -> Windows {
-        Windows { len: self.len, limit: None }
+        Windows { len: self.len, limit: None, last: None }
+    }
+
+    /// Passes over the positions of the next `windows` windows.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn skip(&mut self, windows: usize) -> Result<()> {
+        let scored = (self.len - 1 - self.len / 2) as u64;
+        let bytes = windows as u64 * scored * (8 + 2 * self.vocab as u64);
+        self.file.seek_relative(bytes as i64).map_err(io(&self.path))
     }
 
     /// Log probabilities of the next position into `out`.
@@ -181,7 +222,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("base");
         let window = [0, 1, 2, 1];
-        let mut writer = Writer::create(&path, 4, 3, &[&window]).unwrap();
+        let (mut writer, done) = Writer::create(&path, 4, 3, &[&window], 1).unwrap();
+        assert_eq!(done, 0);
         let logits = [1.0, 2.0, -3.0];
         writer.push(&logits).unwrap();
         writer.finish().unwrap();
@@ -199,5 +241,28 @@ mod tests {
             std::fs::write(&path, &bytes[..cut]).unwrap();
             assert!(Reader::open(&path, 3).is_err(), "{cut} bytes");
         }
+    }
+
+    #[test]
+    fn whole_windows_of_a_file_that_was_cut_off_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("base");
+        let windows: [&[u32]; 2] = [&[0, 1, 2, 1], &[1, 1, 0, 2]];
+        let write = |keep: usize, push: &[f32]| {
+            let (mut writer, done) = Writer::create(&path, 4, 3, &windows, keep).unwrap();
+            push.iter().for_each(|&l| writer.push(&[l, 0.0, 0.0]).unwrap());
+            writer.flush().unwrap();
+            (writer, done)
+        };
+        write(0, &[1.0, 2.0]).0.finish().unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        assert_eq!(write(9, &[1.0]).1, 0);
+        let (writer, done) = write(9, &[2.0]);
+        assert_eq!(done, 1);
+        writer.finish().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), whole);
+        // Another text begins anew.
+        write(0, &[1.0]);
+        assert_eq!(Writer::create(&path, 4, 3, &windows[..1], 9).unwrap().1, 0);
     }
 }

@@ -15,13 +15,18 @@ pub struct Windows {
     pub len: usize,
     /// Windows at most.
     pub limit: Option<usize>,
+    /// Score only this many positions at the end of a window.
+    pub last: Option<usize>,
 }
 
 impl Windows {
     /// The first position whose logits are scored, against the token after it.
     #[must_use]
     pub fn first(&self) -> usize {
-        self.len / 2
+        match self.last {
+            Some(n) => (self.len - 1).saturating_sub(n),
+            None => self.len / 2,
+        }
     }
 
     /// Whole windows in `tokens`.
@@ -73,13 +78,21 @@ pub fn run_window(
     result
 }
 
-/// Cross-entropy over windows, in all and by depth.
+/// Cross-entropy of `logits` against the token that came, in nats.
+#[must_use]
+pub fn loss(logits: &[f32], next: u32) -> f64 {
+    log_sum_exp(logits) - f64::from(logits[next as usize])
+}
+
+/// Cross-entropy over windows, in all, by depth and by window.
 #[derive(Clone, Debug, Default)]
 pub struct CrossEntropy {
     /// Of every scored token, in nats.
     pub all: Mean,
     /// By eighth of the window.
     pub by_depth: [Mean; 8],
+    /// By window.
+    pub by_window: Vec<Mean>,
 }
 
 /// What is printed of a [`CrossEntropy`].
@@ -97,15 +110,32 @@ pub struct Summary {
     pub perplexity_error: f64,
     /// Mean cross-entropy by eighth of the window; `None` where nothing was scored.
     pub loss_by_depth: Vec<Option<f64>>,
+    /// Standard errors of these.
+    pub loss_by_depth_error: Vec<Option<f64>>,
+    /// Mean cross-entropy of each window.
+    pub loss_by_window: Vec<f64>,
+    /// Standard errors of these.
+    pub loss_by_window_error: Vec<f64>,
 }
 
 impl CrossEntropy {
-    /// Scores `logits` at position `p` of a window of `len` tokens against the token that follows. Returns the loss.
-    pub fn push(&mut self, p: usize, len: usize, logits: &[f32], next: u32) -> f64 {
-        let loss = log_sum_exp(logits) - f64::from(logits[next as usize]);
+    /// Begins another window.
+    pub fn window(&mut self) {
+        self.by_window.push(Mean::default());
+    }
+
+    /// Scores `logits` at position `p` of a window of `len` tokens against the token that follows.
+    pub fn push(&mut self, p: usize, len: usize, logits: &[f32], next: u32) {
+        self.add(p, len, loss(logits, next));
+    }
+
+    /// Takes in the loss at position `p` of a window of `len` tokens.
+    pub fn add(&mut self, p: usize, len: usize, loss: f64) {
         self.all.push(loss);
         self.by_depth[(p * 8 / len).min(7)].push(loss);
-        loss
+        if let Some(window) = self.by_window.last_mut() {
+            window.push(loss);
+        }
     }
 
     /// For printing.
@@ -119,6 +149,9 @@ impl CrossEntropy {
             perplexity: loss.exp(),
             perplexity_error: loss.exp() * error,
             loss_by_depth: self.by_depth.iter().map(|m| (m.count() > 0).then(|| m.mean())).collect(),
+            loss_by_depth_error: self.by_depth.iter().map(|m| (m.count() > 0).then(|| m.error())).collect(),
+            loss_by_window: self.by_window.iter().map(Mean::mean).collect(),
+            loss_by_window_error: self.by_window.iter().map(Mean::error).collect(),
         }
     }
 }

@@ -1,7 +1,10 @@
 //! llama.cpp running a model, as an oracle for Transformer files and as the yardstick of benchmarks.
 use std::{ffi::CString, path::Path, ptr::NonNull};
 
-use super::init;
+use super::{
+    init,
+    observe::{Observer, see},
+};
 use crate::{ggml, quant::Type};
 
 /// What a llama.cpp context is made for.
@@ -26,6 +29,8 @@ pub struct Llama {
     n_vocab: usize,
     params: Params,
     len: usize,
+    /// Freed after the context, which has its address.
+    _observer: Option<Box<Observer>>,
 }
 
 // SAFETY: a llama.cpp context may be used from any thread, by one at a time; it is reached through &mut self only.
@@ -37,6 +42,18 @@ impl Llama {
     /// # Errors
     /// What could not be done, in words.
     pub fn open(path: &Path, params: Params) -> Result<Self, String> {
+        Self::start(path, params, None)
+    }
+
+    /// As [`Self::open`]; `observer` hears what enters each product.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn observed(path: &Path, params: Params, observer: Observer) -> Result<Self, String> {
+        Self::start(path, params, Some(Box::new(observer)))
+    }
+
+    fn start(path: &Path, params: Params, mut observer: Option<Box<Observer>>) -> Result<Self, String> {
         init();
         let name = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| e.to_string())?;
         // SAFETY: returns a plain struct.
@@ -62,7 +79,11 @@ impl Llama {
         } else {
             ggml::LLAMA_FLASH_ATTN_TYPE_DISABLED
         };
-        // SAFETY: the model is alive; the parameters hold no pointers of ours.
+        if let Some(observer) = &mut observer {
+            of_context.cb_eval = Some(see);
+            of_context.cb_eval_user_data = std::ptr::from_mut::<Observer>(observer).cast();
+        }
+        // SAFETY: the model is alive; the parameters hold no pointer of ours but that of the observer, which is kept beside the context.
         let context = NonNull::new(unsafe { ggml::llama_init_from_model(model.as_ptr(), of_context) });
         let Some(context) = context else {
             // SAFETY: the model is ours alone and not used again.
@@ -72,7 +93,7 @@ impl Llama {
         // SAFETY: the model is alive.
         let n_vocab =
             unsafe { ggml::llama_vocab_n_tokens(ggml::llama_model_get_vocab(model.as_ptr())) } as usize;
-        Ok(Self { context, model, n_vocab, params, len: 0 })
+        Ok(Self { context, model, n_vocab, params, len: 0, _observer: observer })
     }
 
     /// Positions that the sequence holds.
@@ -170,11 +191,8 @@ impl Llama {
         self.n_vocab
     }
 
-    /// Appends `tokens` and returns the logits of the last one, `[vocab]`.
-    ///
-    /// # Errors
-    /// When there is no token, one is outside the vocabulary, they do not fit the context, or llama.cpp fails.
-    pub fn decode(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+    /// Whether `tokens` can be appended.
+    fn check(&self, tokens: &[u32]) -> Result<()> {
         let needed = self.len + tokens.len();
         if tokens.is_empty() || needed > self.params.context as usize {
             return Err(format!(
@@ -184,9 +202,57 @@ impl Llama {
                 self.params.context
             ));
         }
-        if let Some(token) = tokens.iter().find(|&&t| t as usize >= self.n_vocab) {
-            return Err(format!("token {token} is outside the vocabulary of {}", self.n_vocab));
+        match tokens.iter().find(|&&t| t as usize >= self.n_vocab) {
+            Some(token) => Err(format!("token {token} is outside the vocabulary of {}", self.n_vocab)),
+            None => Ok(()),
         }
+    }
+
+    /// Appends `tokens` and hands the logits `[vocab]` of each one for which `wanted` to `each`, with its index.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub fn decode_all(
+        &mut self,
+        tokens: &[u32],
+        wanted: impl Fn(usize) -> bool,
+        mut each: impl FnMut(usize, &[f32]),
+    ) -> Result<()> {
+        self.check(tokens)?;
+        let size = self.params.batch as usize;
+        for (c, chunk) in tokens.chunks(size).enumerate() {
+            let mut ids: Vec<ggml::llama_token> = chunk.iter().map(|&t| t as ggml::llama_token).collect();
+            let mut masks: Vec<i8> = (0..chunk.len()).map(|i| i8::from(wanted(c * size + i))).collect();
+            // SAFETY: as in `decode`; the mask has as many entries as the chunk and outlives the call, and positions and sequences, which
+            // are null, follow from the sequence's length.
+            let status = unsafe {
+                let mut batch = ggml::llama_batch_get_one(ids.as_mut_ptr(), ids.len() as i32);
+                batch.logits = masks.as_mut_ptr();
+                ggml::llama_decode(self.context.as_ptr(), batch)
+            };
+            if status != 0 {
+                return Err(format!("llama_decode answered {status}"));
+            }
+            self.len += chunk.len();
+            for i in (0..chunk.len()).filter(|&i| masks[i] != 0) {
+                // SAFETY: token i of the batch was marked as an output.
+                let logits = unsafe { ggml::llama_get_logits_ith(self.context.as_ptr(), i as i32) };
+                if logits.is_null() {
+                    return Err("llama.cpp has no logits".into());
+                }
+                // SAFETY: llama.cpp holds n_vocab floats there until the next decode.
+                each(c * size + i, unsafe { std::slice::from_raw_parts(logits, self.n_vocab) });
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends `tokens` and returns the logits of the last one, `[vocab]`.
+    ///
+    /// # Errors
+    /// When there is no token, one is outside the vocabulary, they do not fit the context, or llama.cpp fails.
+    pub fn decode(&mut self, tokens: &[u32]) -> Result<&[f32]> {
+        self.check(tokens)?;
         let mut ids: Vec<ggml::llama_token> = tokens.iter().map(|&t| t as ggml::llama_token).collect();
         for chunk in ids.chunks_mut(self.params.batch as usize) {
             // SAFETY: the chunk outlives the decode call below, which only reads it; it is at most n_batch tokens, each in the

@@ -13,6 +13,7 @@ use ggml_kernels::quant::Type;
 use super::Ggml;
 use super::graph::{Graph, Node};
 use super::step::Shared;
+use crate::backend::probe::Input;
 use crate::model::Weight;
 
 /// A weight as the kernels take it.
@@ -32,6 +33,8 @@ pub struct Linear {
     /// RMSNorm before the products: weights and epsilon.
     norm: Option<(*const f32, f32)>,
     swiglu: bool,
+    /// Who wants to see the rows.
+    probe: Option<Arc<Input>>,
 }
 
 // SAFETY: the pointers are into the memory map and to norm vectors, which the backend keeps alive and nobody writes.
@@ -56,6 +59,7 @@ impl Linear {
     pub fn node(self, graph: &mut Graph, x: Node, add: Option<Node>) -> Node {
         debug_assert_eq!(x.width(), self.n_in);
         let rows = x.rows();
+        self.probe_node(graph, x);
         let packed = (rows > self.private_rows()).then(|| self.pack_node(graph, x));
         let width =
             if self.swiglu { self.matrices[0].n_out } else { self.matrices.iter().map(|m| m.n_out).sum() };
@@ -79,12 +83,28 @@ impl Linear {
         if self.shared.pieces == 1 { matmul::PRIVATE_ROWS } else { 2 }
     }
 
+    /// A node that shows the rows of `x`, after the norm, to the probe, if there is one.
+    fn probe_node(&self, graph: &mut Graph, x: Node) {
+        let Some(input) = self.probe.clone() else { return };
+        // SAFETY: norm vectors have n_in floats and live as long as the backend.
+        let vector = |w| unsafe { std::slice::from_raw_parts::<f32>(w, self.n_in) }.to_vec();
+        let norm = self.norm.map(|(w, eps)| (vector(w), eps));
+        let seen = graph.custom(g::GGML_TYPE_F32, 1, 1, &[x], move |_, sources, ith, nth| {
+            let x = sources[0];
+            // SAFETY: the node holds [rows][n_in] floats.
+            let x = unsafe { std::slice::from_raw_parts(x.data::<f32>(), x.rows() * x.width()) };
+            input.add(x, norm.as_ref().map(|(w, eps)| (w.as_slice(), *eps)), ith, nth);
+        });
+        graph.expand(seen);
+    }
+
     fn pack_node(&self, graph: &mut Graph, x: Node) -> Node {
         let pack = self.pack(x.rows(), ptr::null(), ptr::null_mut());
         // SAFETY: nodes are recorded while no graph runs.
         unsafe { self.shared.grow_scratch(&pack) };
         let floats = matmul::packed_bytes(x.rows(), self.n_in, pack.forms).div_ceil(4) + ALIGN_FLOATS;
-        let me = Self { matrices: self.matrices.clone(), shared: Arc::clone(&self.shared), ..*self };
+        let me =
+            Self { matrices: self.matrices.clone(), shared: Arc::clone(&self.shared), probe: None, ..*self };
         graph.custom(g::GGML_TYPE_F32, floats, 1, &[x], move |dst, sources, ith, nth| {
             let pack = me.pack(sources[0].rows(), sources[0].data(), aligned(dst.data()));
             // SAFETY: the destination has room for the packed rows and their alignment.
@@ -146,6 +166,7 @@ impl Ggml {
             n_in: weights[0].n_in,
             norm: norm.map(|w| (self.vector(w), self.model.config.rms_eps)),
             swiglu: false,
+            probe: self.probe.as_ref().map(|p| p.input(weights)),
         }
     }
 }

@@ -19,6 +19,7 @@ use self::clock::Clock;
 use self::graph::{Arena, Context, Graph, Node, Runner};
 use self::step::Shared;
 use self::team::Team;
+use super::probe::Probe;
 use super::{Backend, Batch, Memory, Queries, Record, Routing, Stage, Timing};
 use crate::cache::{CacheSpec, PageTables};
 use crate::error::{Error, Result};
@@ -43,6 +44,7 @@ pub struct Ggml {
     graphs: HashMap<Shape, Ready>,
     shape: Shape,
     recording: Option<Recording>,
+    probe: Option<Arc<Probe>>,
 }
 
 /// What decides the nodes of a graph.
@@ -134,11 +136,19 @@ impl Ggml {
             graphs: HashMap::new(),
             shape: Shape { rows: 0, outputs: 0, routing: Routing::Dense, top_k: 0, queries: false },
             recording: None,
+            probe: None,
             model,
             spec,
         };
         backend.reserve()?;
         Ok(backend)
+    }
+
+    /// From now on `probe` sees what enters each product.
+    pub fn set_probe(&mut self, probe: Arc<Probe>) {
+        self.probe = Some(probe);
+        // Graphs recorded so far have no node for it.
+        self.graphs.clear();
     }
 
     /// Places the largest graph once, so that scratch memory is held from the start and does not grow.
@@ -222,7 +232,7 @@ impl Backend for Ggml {
             return Ok(Record::Reused);
         }
         let (team, clock) = (Arc::clone(&self.team), Arc::clone(&self.clock));
-        let graph = Graph::new(64 + 16 * self.model.config.n_layer, team, self.shared.pieces, clock)?;
+        let graph = Graph::new(64 + 24 * self.model.config.n_layer, team, self.shared.pieces, clock)?;
         // `embed` replaces this placeholder before anything reads it.
         let x = Node(std::ptr::null_mut());
         self.recording = Some(Recording {

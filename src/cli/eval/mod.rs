@@ -1,7 +1,7 @@
 //! `clsa eval`: what quantization, sparsity and length cost.
 mod consistency;
 mod coverage;
-mod perplexity;
+pub(crate) mod perplexity;
 mod results;
 mod ruler;
 
