@@ -27,7 +27,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 CLSA := $(TARGET)/release/clsa
 PYTHON := .venv/bin/python
 
-.PHONY: build chat test test-slow golden lint bench-smoke bench-gpu format install python cuda-toolkit build-deps help
+.PHONY: quality build chat test test-slow golden lint bench-smoke bench-gpu format install python cuda-toolkit build-deps help
 
 ## Build the release binary; installs missing build tools (cmake, clang, libclang) through apt
 build: build-deps
@@ -66,6 +66,11 @@ golden: build-deps python
 	fi; \
 	CLSA_GOLDEN_CHECKPOINT="$$dir" $(CARGO) test --release --test golden_checkpoint $(CARGO_FLAGS) -- --include-ignored --nocapture \
 	    --test-threads 1
+
+# Measures the tables of docs/quality.md again: CHECKPOINT=DIR; goes on where it was cut off (target/quality). About half an hour on two cores.
+quality: build python
+	@if [ -z "$(CHECKPOINT)" ]; then echo "make quality needs CHECKPOINT=DIR: the checkpoint folder" >&2; exit 2; fi
+	$(PYTHON) tools/quality --checkpoint "$(CHECKPOINT)" --clsa $(CLSA) --write
 
 ## Check formatting and lints of Rust, C and CUDA sources
 lint: build-deps

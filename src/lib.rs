@@ -25,6 +25,7 @@ pub mod sampler;
 pub mod session;
 pub mod template;
 pub mod tokenizer;
+pub mod tune;
 
 pub use clsa_convert::gguf;
 pub use error::{Error, Result};

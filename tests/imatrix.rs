@@ -214,3 +214,50 @@ fn bad_inputs_are_refused() {
         assert!(!Path::new(&out).exists());
     }
 }
+
+#[test]
+fn tuning_fits_a_size_and_goes_on() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
+    let model = synth("clsa-tiny", "F16", 8);
+    let source = model.path().to_str().expect("UTF-8").to_owned();
+    let out = path("out.gguf");
+    let text = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/formats.md");
+    let run = |size: &str| {
+        let args = ["quantize", &source, &out, "--tune", size, "--tune-text", text, "--tune-windows", "1"];
+        clsa(&[&args[..], &["-t", "1"]].concat())
+    };
+    let sizes = ["Q4_0", "Q8_0"].map(|mix| {
+        ok(&["quantize", &source, &path("plain.gguf"), mix, "--pure"]);
+        std::fs::metadata(path("plain.gguf")).expect("a file").len()
+    });
+    let result = |size: u64| -> (u64, f64) {
+        let output = run(&size.to_string());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let told = String::from_utf8(output.stdout).expect("UTF-8");
+        let line = told.lines().last().expect("a last line");
+        let kl = line.split_whitespace().nth(2).expect("a divergence").parse().expect("a number");
+        (std::fs::metadata(&out).expect("a file").len(), kl)
+    };
+    let (small, large) = (result(sizes[0] * 21 / 20), result(sizes[1] * 21 / 20));
+    println!("{small:?} {large:?} for {sizes:?}");
+    assert!(small.0 <= sizes[0] * 21 / 20 && large.0 <= sizes[1] * 21 / 20 && small.0 < large.0);
+    assert!(large.1 < small.1, "more bytes diverge less");
+    // Measured once: the state serves both sizes, and gives the same file again.
+    let state = std::fs::read_to_string(path("out.gguf.tune")).expect("a state file");
+    let bytes = std::fs::read(&out).expect("a file");
+    assert_eq!(result(sizes[1] * 21 / 20), large);
+    assert_eq!(std::fs::read(&out).expect("a file"), bytes);
+    // A measurement that is missing is made again, and the same.
+    let lines: Vec<_> = state.lines().collect();
+    std::fs::write(path("out.gguf.tune"), lines[..lines.len() - 1].join("\n") + "\n").expect("written");
+    assert_eq!(result(sizes[1] * 21 / 20), large);
+    assert_eq!(std::fs::read_to_string(path("out.gguf.tune")).expect("a state file"), state);
+    let refused = run("1kB");
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("the smallest file has"));
+    let left = std::fs::read_dir(dir.path())
+        .expect("a folder")
+        .filter(|e| e.as_ref().is_ok_and(|e| e.file_name().to_string_lossy().starts_with(".clsa")));
+    assert_eq!(left.count(), 0, "nothing is left behind");
+}

@@ -129,6 +129,7 @@ struct ConfigIds {
 #[derive(Default, Deserialize)]
 struct GenerationConfig {
     eos_token_id: Option<Ids>,
+    do_sample: Option<bool>,
     temperature: Option<f32>,
     top_k: Option<i64>,
     top_p: Option<f32>,
@@ -328,8 +329,10 @@ fn special_tokens(
     if !ends.is_empty() {
         metadata.u32s("clsa.eos_token_ids", &ends);
     }
+    // Without sampling the most likely token is taken: our temperature 0, whatever temperature stands beside it.
+    let temperature = if generation.do_sample == Some(false) { Some(0.0) } else { generation.temperature };
     for (key, value, min, max) in [
-        ("temperature", generation.temperature, 0.0, 100.0),
+        ("temperature", temperature, 0.0, 100.0),
         ("top_p", generation.top_p, 0.0, 1.0),
         ("min_p", generation.min_p, 0.0, 1.0),
         ("repetition_penalty", generation.repetition_penalty, 0.0, 100.0),

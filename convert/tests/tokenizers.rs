@@ -85,6 +85,13 @@ fn special_tokens_and_sampling_defaults() {
         [0.5, 0.75, 0.125, 1.5]
     );
     assert_eq!(u32("clsa.sampling.top_k"), 20);
+    // Greedy: the most likely token, whatever stands beside it.
+    write(&folder, "generation_config.json", &json!({"do_sample": false, "temperature": 0.5}));
+    let file = folder.convert_f32().unwrap();
+    assert_eq!(file.require::<f32>("clsa.sampling.temperature").unwrap(), 0.0);
+    write(&folder, "generation_config.json", &json!({"do_sample": true, "temperature": 0.5}));
+    let file = folder.convert_f32().unwrap();
+    assert_eq!(file.require::<f32>("clsa.sampling.temperature").unwrap(), 0.5);
 }
 
 #[test]

@@ -16,6 +16,7 @@ pub mod recipe;
 pub mod run;
 pub mod sampling;
 pub mod synth;
+pub mod tune;
 pub mod verify;
 
 use std::ffi::OsString;

@@ -113,6 +113,23 @@ impl ModelArgs {
         }
     }
 
+    /// The model given to the engine by other means, on the CPU, with a context of `context`.
+    #[must_use]
+    pub(super) fn on_cpu_with(threads: usize, context: usize) -> Self {
+        Self {
+            model: None,
+            ctx_size: context,
+            ubatch_size: 0,
+            threads,
+            cache_type_k: CacheTypeArg::F16,
+            cache_type_v: CacheTypeArg::F16,
+            routing: vec![],
+            top_k_tokens: None,
+            device: Device::Cpu,
+            verbose: false,
+        }
+    }
+
     /// The modes of `--routing`; without it the model's own, which is `None`.
     #[must_use]
     pub fn routings(&self) -> Vec<Option<Routing>> {
@@ -218,7 +235,9 @@ impl ModelArgs {
         let spec = options.cache_spec();
         let backend: Box<dyn Backend> = match self.device {
             Device::Cuda => {
-                return Err(Error::Input("activations are collected on the CPU only: use --device cpu".into()));
+                return Err(Error::Input(
+                    "activations are collected on the CPU only: use --device cpu".into(),
+                ));
             }
             Device::Auto | Device::Cpu => {
                 let mut cpu = Ggml::new(model.clone(), spec, self.threads(), Arc::clone(&interrupt))?;

@@ -30,7 +30,7 @@ pub struct RecipeArgs {
     pure: bool,
     /// Importance matrix (GGUF, as llama-imatrix writes it): columns that matter more are kept more exactly
     #[arg(long, value_name = "FILE")]
-    imatrix: Option<PathBuf>,
+    pub(super) imatrix: Option<PathBuf>,
     /// Print the table of tensors with their types and the final size; write nothing
     #[arg(long)]
     dry_run: bool,
@@ -62,12 +62,16 @@ impl RecipeArgs {
         }
     }
 
+    /// Worker threads.
+    pub(super) fn threads(&self) -> usize {
+        self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, NonZeroUsize::get))
+    }
+
     fn write(&self, plan: &Plan<'_>, out: &Path) -> Result<()> {
         let start = Instant::now();
         let bar = byte_bar(plan.work()).with_message("converting");
         let abort = interrupt::requested()?;
-        let threads =
-            self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, NonZeroUsize::get));
+        let threads = self.threads();
         let progress = |n| bar.inc(n);
         let written = plan.write(out, &Options { threads, abort: Some(&abort), progress: &progress });
         bar.finish_and_clear();

@@ -7,6 +7,7 @@ use std::{
 };
 
 use ggml_kernels::quant;
+use rustix::fs::{FlockOperation, flock, statvfs};
 use tempfile::NamedTempFile;
 
 use super::{
@@ -212,6 +213,42 @@ impl Layout {
     }
 }
 
+/// End of temporary names.
+const TEMPORARY: &str = ".gguf.tmp";
+
+/// Begin of the temporary names of files that will be called `path`.
+fn temporary_prefix(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    format!(".clsa-{:016x}-", xxhash_rust::xxh3::xxh3_64(name))
+}
+
+/// Removes what killed runs to the same output have left: temporary files that nobody holds. Best effort: a file that cannot be removed
+/// hinders nobody.
+fn remove_stale(folder: &Path, prefix: &str) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let ours = name.to_str().is_some_and(|n| n.starts_with(prefix) && n.ends_with(TEMPORARY));
+        let free = |file: fs::File| flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+        if ours && fs::File::open(entry.path()).is_ok_and(free) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Whether `folder`'s file system has room for `needed` bytes; where it does not say, writing will tell.
+fn check_room(folder: &Path, needed: u64) -> Result<()> {
+    let Ok(stat) = statvfs(folder) else { return Ok(()) };
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    if needed <= free {
+        return Ok(());
+    }
+    Err(Error::Runtime(format!(
+        "{}: the file needs {needed} bytes, {free} are free there: make room or write elsewhere",
+        folder.display()
+    )))
+}
+
 /// Writes a GGUF file (version 3) under a temporary name in the same folder; only [`Self::finish`] gives it its final name, so that
 /// a failed or interrupted run leaves nothing there and an older file untouched.
 #[derive(Debug)]
@@ -252,8 +289,11 @@ impl<'a> Writer<'a> {
             return Err(Error::Input(format!("{} is a folder: name a file in it", path.display())));
         }
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        check_room(folder, layout.len as u64)?;
+        let prefix = temporary_prefix(&path);
+        remove_stale(folder, &prefix);
         let mut builder = tempfile::Builder::new();
-        builder.prefix(".clsa-").suffix(".gguf.tmp");
+        builder.prefix(&prefix).suffix(TEMPORARY);
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
@@ -262,6 +302,8 @@ impl<'a> Writer<'a> {
         }
         let file =
             builder.tempfile_in(folder).map_err(|source| Error::Io { path: folder.to_owned(), source })?;
+        // Held until the file is closed: a later run knows that it must not remove this one.
+        let _ = flock(file.as_file(), FlockOperation::NonBlockingLockExclusive);
         let hasher = Hasher::default();
         let mut writer = Self { path, file, layout, abort, sums: Vec::new(), written: 0, hasher };
         let zeros = vec![Checksum::default(); writer.layout.tensors.len()];
@@ -347,5 +389,45 @@ impl<'a> Writer<'a> {
 
     fn io(&self, source: std::io::Error) -> Error {
         Error::Io { path: self.path.clone(), source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(n: u64) -> Vec<TensorPlan> {
+        vec![TensorPlan { name: "a".into(), shape: vec![n], ty: quant::Type::F32 }]
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.gguf");
+        let names =
+            || -> Vec<_> { fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect() };
+        let stale = format!("{}x{TEMPORARY}", temporary_prefix(&path));
+        fs::write(dir.path().join(&stale), "half a file").unwrap();
+        let other = format!("{}x{TEMPORARY}", temporary_prefix(Path::new("other.gguf")));
+        fs::write(dir.path().join(&other), "half a file").unwrap();
+        // A run at the same time is left alone; so is what another output's run left.
+        let first = Writer::create(&path, Metadata::default(), plan(1), None).unwrap();
+        let second = Writer::create(&path, Metadata::default(), plan(1), None).unwrap();
+        assert!(!names().contains(&stale.into()) && names().contains(&other.into()));
+        for mut writer in [first, second] {
+            writer.append(&[0; 4]).unwrap();
+            writer.finish().unwrap();
+        }
+        assert_eq!(names().len(), 2);
+    }
+
+    #[test]
+    fn a_file_that_has_no_room_is_not_begun() {
+        let dir = tempfile::tempdir().unwrap();
+        let plan = vec![TensorPlan { name: "a".into(), shape: vec![1 << 30, 1 << 20], ty: quant::Type::F32 }];
+        let refused = Writer::create(dir.path().join("a.gguf"), Metadata::default(), plan, None).unwrap_err();
+        assert!(refused.to_string().contains("the file needs 4503599627370"), "{refused}");
+        assert_eq!(refused.exit_code(), 1);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

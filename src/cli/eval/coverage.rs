@@ -54,7 +54,7 @@ pub fn run(args: &CoverageArgs) -> Result<()> {
     let model = args.model.open()?;
     let plan = args.plan(&model)?;
     let tokens = read_tokens(&model, &args.file)?;
-    let windows = Windows { len: plan.len, limit: args.limit }.cut(&tokens)?;
+    let windows = Windows { len: plan.len, limit: args.limit, last: None }.cut(&tokens)?;
     let settings = json!({
         "text": format!("{:016x}", xxh3_64(&tokens.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<_>>())),
         "window": plan.len,
