@@ -75,9 +75,12 @@ fn rows_of(rows: &[Row], wanted: impl Fn(&Row) -> bool) -> Vec<&Row> {
 
 fn lines(rows: &[&Row], x: impl Fn(&Row) -> usize) -> Vec<Line> {
     let mut lines: Vec<Line> = vec![];
+    let sequences: BTreeSet<usize> = rows.iter().map(|r| r.test.sequences).collect();
     for row in rows {
-        let at = lines.iter().position(|l| l.name == row.series).unwrap_or_else(|| {
-            lines.push(Line { name: row.series.clone(), rates: vec![], speedups: vec![] });
+        let batch = if sequences.len() > 1 { format!(" x{}", row.test.sequences) } else { String::new() };
+        let name = format!("{}{batch}", row.series);
+        let at = lines.iter().position(|l| l.name == name).unwrap_or_else(|| {
+            lines.push(Line { name, rates: vec![], speedups: vec![] });
             lines.len() - 1
         });
         lines[at].rates.push((x(row), row.avg_ts));
@@ -352,6 +355,15 @@ mod tests {
         assert_eq!(panels[1].x_label, "positions in the cache");
         assert_eq!(panels[1].lines[0].rates, [(0, 9.0), (8192, 4.0)]);
         assert_eq!(panels[1].lines[1].name, "CLSA");
+    }
+
+    #[test]
+    fn batches_have_lines_of_their_own() {
+        let mut rows = [row("CLSA", 0, 8, 1024, 5.0), row("CLSA", 0, 8, 1024, 30.0)];
+        rows[1].test.sequences = 8;
+        let panels = panels(&rows);
+        let names: Vec<&str> = panels[0].lines.iter().map(|l| l.name.as_str()).collect();
+        assert_eq!(names, ["CLSA x1", "CLSA x8"]);
     }
 
     #[test]
