@@ -14,8 +14,7 @@ fn main() {
     println!("cargo:rerun-if-changed=cpu");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     headers(&out);
-    warn_without_amx();
-    kernels();
+    kernels(amx());
     cuda::build(&out);
     if env::var_os("CARGO_FEATURE_CUDA_EMULATOR").is_some() {
         emulator::build(&out);
@@ -42,10 +41,11 @@ fn headers(out: &Path) {
         .expect("write contracts.rs");
 }
 
-/// Says so when the compiler found is one whose AMX code cannot be used (tools/cc then leaves AMX out).
-fn warn_without_amx() {
+/// Whether the compiler found is one whose AMX code can be used; warns where not (tools/cc then leaves AMX out of ggml too).
+fn amx() -> bool {
+    println!("cargo:rustc-check-cfg=cfg(clsa_amx)");
     if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch != "x86_64") {
-        return;
+        return false;
     }
     let tool = cc::Build::new().get_compiler();
     let version = tool.to_command().arg("-dumpversion").output().ok();
@@ -57,7 +57,10 @@ fn warn_without_amx() {
              installs it)",
             if tool.is_like_clang() { "clang" } else { "GCC" },
         );
+        return false;
     }
+    println!("cargo:rustc-cfg=clsa_amx");
+    true
 }
 
 /// Flags of a kernel file, by the ending of its name: `<op>_<isa>.c`. Which one runs is chosen at run time (src/simd.rs).
@@ -68,11 +71,25 @@ const ISA_FLAGS: &[(&str, &[&str])] = &[
         &["-march=x86-64-v4", "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mprefer-vector-width=512"],
     ),
     ("avx512", &["-march=x86-64-v4", "-mprefer-vector-width=512"]),
+    (
+        "amx",
+        &[
+            "-march=x86-64-v4",
+            "-mavx512vnni",
+            "-mavx512vbmi",
+            "-mavx512vbmi2",
+            "-mavx512bf16",
+            "-mamx-tile",
+            "-mamx-bf16",
+            "-mamx-int8",
+            "-mprefer-vector-width=512",
+        ],
+    ),
     // Plain C for any machine: references, sizes.
     ("", &[]),
 ];
 
-fn kernels() {
+fn kernels(amx: bool) {
     let x86 = env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|a| a == "x86_64");
     let mut files: Vec<PathBuf> = fs::read_dir("cpu")
         .expect("cpu/")
@@ -86,7 +103,7 @@ fn kernels() {
     };
     for (isa, flags) in ISA_FLAGS {
         let mine: Vec<&PathBuf> = files.iter().filter(|f| isa_of(f).0 == *isa).collect();
-        if mine.is_empty() || (!x86 && !isa.is_empty()) {
+        if mine.is_empty() || (!x86 && !isa.is_empty()) || (*isa == "amx" && !amx) {
             continue;
         }
         let mut build = cc::Build::new();
@@ -99,6 +116,9 @@ fn kernels() {
             .flag_if_supported("-Wno-unused-function");
         for flag in *flags {
             build.flag(flag);
+        }
+        if *isa == "amx" && env::var_os("CARGO_FEATURE_AMX_EMULATOR").is_some() {
+            build.define("CLSA_AMX_EMULATED", None);
         }
         build.files(mine).compile(&format!("clsa_{}", if isa.is_empty() { "generic" } else { isa }));
     }

@@ -217,7 +217,7 @@ fn compare(
     }
     let x = values(rows * n_in, 5);
     let mut y = vec![0f32; rows * n_out];
-    let forms = matmul::forms(ops.level, [ty]);
+    let forms = matmul::forms(ops.level, rows, [ty]);
     let mut packed = matmul::HugePages::new(matmul::packed_bytes(rows, n_in, forms))?;
     let nodes = |groups: bool, y: *mut f32, packed: *mut u8| -> Vec<Box<Node>> {
         let node = |i: usize| {

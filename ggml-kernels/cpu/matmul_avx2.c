@@ -117,8 +117,8 @@ ALWAYS_INLINE void strip(const uint8_t *panel, const struct q8_tile *x, int nb, 
     }
 #define MM_STRIPS(kind) MM_STRIP(kind, 1) MM_STRIP(kind, 3)
 MM_STRIPS(S32)
-MM_STRIPS(M32) MM_STRIPS(S16)
-    MM_STRIPS(M16) typedef void strip_fn(const uint8_t *, const struct q8_tile *, int, float *, int, int);
+MM_STRIPS(M32)
+MM_STRIPS(S16) MM_STRIPS(M16) typedef void strip_fn(const uint8_t *, const struct q8_tile *, int, float *, int, int);
 static strip_fn *const strips[4][2] = {
     {strip_S32_1, strip_S32_3}, {strip_M32_1, strip_M32_3}, {strip_S16_1, strip_S16_3}, {strip_M16_1, strip_M16_3}};
 

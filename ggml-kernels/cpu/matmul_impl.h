@@ -50,9 +50,6 @@ static tile_fn *const tiles[4][TILE] = {MM_ROW(S32) MM_ROW(M32) MM_ROW(S16) MM_R
 
 // ---- Per type and layout: unpacking into a panel, and the products with 1 .. SINK_ROWS rows
 
-#define MM_QUANTIZED(X)                                                                                                \
-    X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS)
-
 typedef void unpack_fn(struct src w, int nb, struct sink *to);
 #define MM_UNPACK(name, rows, packed)                                                                                  \
     static void name##_##rows##_##packed(struct src w, int nb, struct sink *to) {                                      \
@@ -66,8 +63,9 @@ typedef void unpack_fn(struct src w, int nb, struct sink *to);
 #if FEW_TILE == 4
 #define MM_UNPACKERS(name)                                                                                             \
     MM_UNPACK(name, 0, 0)                                                                                              \
-    MM_UNPACK(name, 1, 0) MM_UNPACK(name, 2, 0) MM_UNPACK(name, 3, 0) MM_UNPACK(name, 4, 0) MM_UNPACK(name, 0, 1)      \
-        MM_UNPACK(name, 1, 1) MM_UNPACK(name, 2, 1) MM_UNPACK(name, 3, 1) MM_UNPACK(name, 4, 1)
+    MM_UNPACK(name, 1, 0)                                                                                              \
+    MM_UNPACK(name, 2, 0) MM_UNPACK(name, 3, 0) MM_UNPACK(name, 4, 0) MM_UNPACK(name, 0, 1) MM_UNPACK(name, 1, 1)      \
+        MM_UNPACK(name, 2, 1) MM_UNPACK(name, 3, 1) MM_UNPACK(name, 4, 1)
 #define MM_ROWS(name, packed)                                                                                          \
     {name##_0_##packed, name##_1_##packed, name##_2_##packed, name##_3_##packed, name##_4_##packed}
 #else

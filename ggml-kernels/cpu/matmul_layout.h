@@ -25,6 +25,9 @@
 enum mm_type { MM_TYPES(MM_ENUM) };
 #undef MM_ENUM
 
+#define MM_QUANTIZED(X)                                                                                                \
+    X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS)
+
 ALWAYS_INLINE size_t mm_row_bytes(int32_t type, int32_t n_in) {
     switch (type) {
 #define MM_CASE(name, number, values, bytes)                                                                           \
@@ -117,6 +120,14 @@ ALWAYS_INLINE float *f32_rows(uint8_t *packed, int n_rows, int n_in, int forms) 
     return (float *)(packed + (forms & CLSA_FORM_Q8 ? q8_bytes(n_rows, n_in) : 0));
 }
 
+// ---- Form BF16, behind the two others: tiles of 16 rows (zeros behind the last row), each [n_in / 32][16][32] bf16.
+ALWAYS_INLINE size_t bf16_bytes(int n_rows, int n_in) { return ROUND_UP((size_t)n_rows, 16) * (size_t)n_in * 2; }
+
+ALWAYS_INLINE uint8_t *bf16_tile(uint8_t *packed, int n_rows, int n_in, int forms, int tile) {
+    const size_t f32 = forms & CLSA_FORM_F32 ? (size_t)n_rows * F32_STRIDE(n_in) * sizeof(float) : 0;
+    return (uint8_t *)f32_rows(packed, n_rows, n_in, forms) + f32 + bf16_bytes(16 * tile, n_in);
+}
+
 // ---- The outputs of all matrices in groups of 16: group g of the op is group `g` of matrix `m`.
 #define GROUP 16
 
@@ -124,6 +135,9 @@ ALWAYS_INLINE float *f32_rows(uint8_t *packed, int n_rows, int n_in, int forms) 
 #define PANEL_BYTES (384 * 1024)
 // Bytes of 32 x 16 unpacked weights: one byte each, and two scales and minima each.
 #define PANEL_BLOCK_MAX (32 * GROUP + 4 * 4 * GROUP)
+// The same in bf16, for form BF16: of 2 MiB, the rest is for the rows of x on their way.
+#define AMX_PANEL_BYTES (1280 * 1024)
+#define AMX_PANEL_BLOCK (2 * 32 * GROUP)
 
 ALWAYS_INLINE int mm_groups(const struct clsa_matmul *p) {
     int n = 0, used = p->epilogue == CLSA_EPILOGUE_SWIGLU ? 1 : p->n_mat;
@@ -140,6 +154,8 @@ struct mm_scratch {
 
 ALWAYS_INLINE size_t mm_panel_bytes(const struct clsa_matmul *p) {
     int blocks = (p->x.n_in + 31) / 32, both = p->epilogue == CLSA_EPILOGUE_SWIGLU ? 2 : 1;
+    if (p->x.forms & CLSA_FORM_BF16)
+        return MAX((size_t)AMX_PANEL_BYTES, (size_t)blocks * AMX_PANEL_BLOCK * 2);
     return MAX((size_t)PANEL_BYTES, (size_t)blocks * PANEL_BLOCK_MAX * (size_t)both);
 }
 

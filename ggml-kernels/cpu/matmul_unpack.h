@@ -15,6 +15,9 @@ struct sink {
     const uint8_t *ahead; // weights to prefetch
     V acc[SINK_ROWS];
     V part[4][SINK_ROWS]; // S16, M16: blocks of which half is done
+#ifdef MM_BF16
+    I codes[8]; // of the block in hand, on the way into the panel
+#endif
 };
 
 // A block's dot products on the way: in `by16`, of values that are 16 times too large.
@@ -45,12 +48,38 @@ ALWAYS_INLINE void start(const struct sink *to, int rows, enum mm_kind kind, int
     }
 }
 
+#ifdef MM_BF16
+// Vectors from .. to of the codes in hand -> bf16 weights s * code + c of block b, as rows of a tile: lane o of row r
+// holds values 2r, 2r + 1 of output o. (Rounded to nearest, ties away from zero.)
+ALWAYS_INLINE void put_bf16(struct sink *to, int b, int from, int end, V s, V c) {
+    I *out = (I *)(to->panel + (size_t)b * AMX_PANEL_BLOCK);
+    const I half_step = i_set32(0x8000);
+#pragma clang loop unroll(full)
+    for (int k = from; k < end; k++) {
+        I v[4];
+#pragma clang loop unroll(full)
+        for (int i = 0; i < 4; i++) {
+            const I code = i == 0   ? i_and(to->codes[k], i_set32(0xff))
+                           : i == 3 ? i_srl32(to->codes[k], 24)
+                                    : i_and(i_srl32(to->codes[k], 8 * (unsigned)i), i_set32(0xff));
+            v[i] = i_add32(_mm512_castps_si512(v_fma(v_from32(code), s, c)), half_step);
+        }
+        i_store(out + 2 * k, _mm512_mask_blend_epi16(0xaaaaaaaa, i_srl32(v[0], 16), v[1]));
+        i_store(out + 2 * k + 1, _mm512_mask_blend_epi16(0xaaaaaaaa, i_srl32(v[2], 16), v[3]));
+    }
+}
+#endif
+
 // Values 16 * half .. + 16 of block b.
-ALWAYS_INLINE void put(const struct sink *to, int rows, enum mm_kind kind, int log2_bias, int b, int half, const I q[4],
+ALWAYS_INLINE void put(struct sink *to, int rows, enum mm_kind kind, int log2_bias, int b, int half, const I q[4],
                        I *sum) {
     if (rows == 0) { // a panel holds one bias for all types of a kind
         const int bias = kind == S32 ? 128 - (1 << log2_bias) : kind == S16 ? 32 - (1 << log2_bias) : 0;
+#ifdef MM_BF16
+        I *out = to->codes + 4 * half;
+#else
         I *out = (I *)(to->panel + (size_t)b * panel_block(kind)) + 4 * half;
+#endif
 #pragma clang loop unroll(full)
         for (int k = 0; k < 4; k++)
             i_store(out + k, bias ? i_add8(q[k], i_set8((char)bias)) : q[k]);
@@ -73,6 +102,10 @@ ALWAYS_INLINE V fold_halves(V acc, V part, float xs) { return v_fma(part, v_set1
 // Ends the sum of a block (S32, M32). m is unused without minima.
 ALWAYS_INLINE void finish(struct sink *to, int rows, enum mm_kind kind, int b, V s, V m, const struct dots *d,
                           int with_by16) {
+#ifdef MM_BF16
+    put_bf16(to, b, 0, 8, s, kind == M32 ? v_sub(v_zero(), m) : v_mul(s, v_set1(-128)));
+    return;
+#endif
     if (rows == 0) {
         float *out = (float *)(to->panel + (size_t)b * panel_block(kind) + 512);
         v_store(out, s);
@@ -92,6 +125,10 @@ ALWAYS_INLINE void finish(struct sink *to, int rows, enum mm_kind kind, int b, V
 // / 32.
 ALWAYS_INLINE void finish_half(struct sink *to, int rows, enum mm_kind kind, int b, int half, V s, V m32,
                                const struct dots *d) {
+#ifdef MM_BF16
+    put_bf16(to, b, 4 * half, 4 * half + 4, s, v_mul(kind == M16 ? m32 : s, v_set1(-32)));
+    return;
+#endif
     if (rows == 0) {
         float *out = (float *)(to->panel + (size_t)b * panel_block(kind) + 512);
         v_store(out + 16 * half, s);

@@ -11,6 +11,10 @@
 // up in f32 in increasing i. F32, F16 and BF16 weights: f32 throughout. A row's bits depend on the instruction set
 // alone: neither on the other rows, nor on nth, nor on how products are put together in one call. The scalar reference
 // does not round x, and adds in f64. A block of x with a NaN or an infinity gives NaN.
+//
+// With AMX, rows of form BF16 (quantized weights, CLSA_AMX_ROWS rows and more) are multiplied in another way: x and the
+// weights are rounded to bf16, products are added up in f32. That is nearer to the reference; but a row of an op of few
+// rows and the same row in an op of many then differ within the errors of both.
 #pragma once
 #include "clsa.h"
 
@@ -24,12 +28,15 @@ extern "C" {
 #define CLSA_PRIVATE_ROWS 8
 
 // Forms of packed rows, bits. Which ones a product reads depends on the weights' type and on the instruction set:
-// clsa_matmul_form_<isa>(type).
-enum clsa_form { CLSA_FORM_Q8 = 1, CLSA_FORM_F32 = 2 };
+// clsa_matmul_form_<isa>(type), and with AMX BF16.
+enum clsa_form { CLSA_FORM_Q8 = 1, CLSA_FORM_F32 = 2, CLSA_FORM_BF16 = 4 };
+
+// Rows from which form BF16 pays: unpacking weights to bf16 costs as much as multiplying some dozens of rows.
+#define CLSA_AMX_ROWS 32
 
 struct clsa_pack {
     int32_t n_rows, n_in;
-    int32_t forms;     // bits of enum clsa_form. Q8: n_in is a multiple of 32
+    int32_t forms;     // bits of enum clsa_form. Q8, BF16: n_in is a multiple of 32
     float eps;         // for norm
     const float *x;    // [n_rows][x_stride]
     size_t x_stride;   // floats
@@ -84,7 +91,7 @@ size_t clsa_packed_bytes(int32_t n_rows, int32_t n_in, int32_t forms);
 size_t clsa_pack_scratch(const struct clsa_pack *p, int nth);
 size_t clsa_matmul_scratch(const struct clsa_matmul *p, int nth);
 
-// As clsa.h says of CLSA_OP. avx512vnni: F, BW, CD, DQ, VL, VNNI, VBMI and VBMI2.
+// As clsa.h says of CLSA_OP. avx512vnni: F, BW, CD, DQ, VL, VNNI, VBMI and VBMI2. amx: those, BF16 and AMX-BF16.
 #define CLSA_MATMUL_ISA(isa)                                                                                           \
     int32_t clsa_matmul_form_##isa(int32_t type);                                                                      \
     void clsa_pack_##isa(const struct clsa_pack *p, int ith, int nth, void *scratch);                                  \
@@ -92,6 +99,8 @@ size_t clsa_matmul_scratch(const struct clsa_matmul *p, int nth);
 CLSA_MATMUL_ISA(ref)
 CLSA_MATMUL_ISA(avx2)
 CLSA_MATMUL_ISA(avx512vnni)
+void clsa_pack_amx(const struct clsa_pack *p, int ith, int nth, void *scratch);
+void clsa_matmul_amx(const struct clsa_matmul *p, int ith, int nth, void *scratch);
 
 #ifdef __cplusplus
 }

@@ -19,11 +19,13 @@ type Read = unsafe extern "C" fn(*const u8, usize);
 fn kernels(level: Level) -> (Rate, Rate, Read) {
     match level {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 if crate::matmul::has_vnni() => {
+        Level::Avx512 | Level::Amx if crate::matmul::has_vnni() => {
             (clsa_limit_int8_avx512vnni, clsa_limit_f32_avx512vnni, clsa_limit_read_avx512vnni)
         }
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 | Level::Avx512 => (clsa_limit_int8_avx2, clsa_limit_f32_avx2, clsa_limit_read_avx2),
+        Level::Avx2 | Level::Avx512 | Level::Amx => {
+            (clsa_limit_int8_avx2, clsa_limit_f32_avx2, clsa_limit_read_avx2)
+        }
         _ => (clsa_limit_int8_ref, clsa_limit_f32_ref, clsa_limit_read_ref),
     }
 }

@@ -27,7 +27,7 @@
 //! let ops = ops::Ops::best().unwrap();
 //! let mut p = clsa_matmul::default();
 //! p.x = clsa_pack { n_rows: 1, n_in: n_in as i32, x: x.as_ptr(), x_stride: n_in, ..Default::default() };
-//! p.x.forms = matmul::forms(ops.level, [Type::Q4_0]);
+//! p.x.forms = matmul::forms(ops.level, 1, [Type::Q4_0]);
 //! p.n_mat = 1;
 //! p.mat[0] = matmul::matrix(Type::Q4_0, &w, n_out, n_in, y.as_mut_ptr(), n_out);
 //! ops::Op::check(&p).unwrap();
@@ -52,11 +52,19 @@ pub fn packed_bytes(n_rows: usize, n_in: usize, forms: i32) -> usize {
     unsafe { clsa_packed_bytes(n_rows as i32, n_in as i32, forms) }
 }
 
-/// The forms in which the given level's products with weights of these types read x.
+/// The forms in which the given level's products of `n_rows` rows with weights of these types read x.
 #[must_use]
-pub fn forms(level: Level, types: impl IntoIterator<Item = Type>) -> i32 {
+pub fn forms(level: Level, n_rows: usize, types: impl IntoIterator<Item = Type> + Clone) -> i32 {
+    let tiles = level == Level::Amx
+        && n_rows >= CLSA_AMX_ROWS as usize
+        && types.clone().into_iter().all(Type::is_quantized);
+    let form = if tiles { bf16_form } else { form_of(level) };
     // SAFETY: a table look-up.
-    types.into_iter().fold(0, |forms, ty| forms | unsafe { form_of(level)(ty.to_ggml() as i32) })
+    types.into_iter().fold(0, |forms, ty| forms | unsafe { form(ty.to_ggml() as i32) })
+}
+
+unsafe extern "C" fn bf16_form(_: i32) -> i32 {
+    CLSA_FORM_BF16 as i32
 }
 
 /// A matrix of a product: weights `[n_out][n_in]`, result `[n_rows][y_stride]`, nothing added.
@@ -90,9 +98,9 @@ type Form = unsafe extern "C" fn(i32) -> i32;
 #[cfg(target_arch = "x86_64")]
 fn form_of(level: Level) -> Form {
     match level {
-        Level::Avx512 if has_vnni() => clsa_matmul_form_avx512vnni,
-        Level::Avx2 | Level::Avx512 => clsa_matmul_form_avx2,
-        _ => reference::form,
+        Level::Avx512 | Level::Amx if has_vnni() => clsa_matmul_form_avx512vnni,
+        Level::Avx2 | Level::Avx512 | Level::Amx => clsa_matmul_form_avx2,
+        Level::Ref => reference::form,
     }
 }
 
@@ -105,6 +113,8 @@ fn form_of(_: Level) -> Form {
 #[must_use]
 pub const fn kernels(level: Level) -> (Kernel<clsa_pack>, Kernel<clsa_matmul>) {
     match level {
+        #[cfg(all(target_arch = "x86_64", clsa_amx))]
+        Level::Amx => (clsa_pack_amx, clsa_matmul_amx),
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => (pack_avx512, matmul_avx512),
         #[cfg(target_arch = "x86_64")]
@@ -137,10 +147,10 @@ macro_rules! ensure {
 
 fn shape(p: &clsa_pack) -> Check {
     ensure!(p.n_rows > 0 && p.n_in > 0, "{} rows of {} values: at least one", p.n_rows, p.n_in);
-    let all = CLSA_FORM_Q8 as i32 | CLSA_FORM_F32 as i32;
+    let all = (CLSA_FORM_Q8 | CLSA_FORM_F32 | CLSA_FORM_BF16) as i32;
     ensure!(p.forms > 0 && p.forms & !all == 0, "forms {}: bits of {all}", p.forms);
     ensure!(
-        p.forms & CLSA_FORM_Q8 as i32 == 0 || p.n_in % 32 == 0,
+        p.forms & (CLSA_FORM_Q8 | CLSA_FORM_BF16) as i32 == 0 || p.n_in % 32 == 0,
         "rows of {} values do not go in blocks of 32",
         p.n_in
     );

@@ -10,11 +10,13 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, CD, DQ, VL (x86-64-v4).
     Avx512,
+    /// AMX-TILE and AMX-BF16, with AVX-512 VNNI, VBMI, VBMI2 and BF16 (Sapphire Rapids).
+    Amx,
 }
 
 impl Level {
     /// Every level, weakest first.
-    pub const ALL: [Self; 3] = [Self::Ref, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 4] = [Self::Ref, Self::Avx2, Self::Avx512, Self::Amx];
 
     /// Whether this CPU can run it.
     #[must_use]
@@ -40,7 +42,14 @@ impl Level {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(all(target_arch = "x86_64", clsa_amx))]
+            Self::Amx => {
+                Self::Avx512.available()
+                    && crate::matmul::has_vnni()
+                    && is_x86_feature_detected!("avx512bf16")
+                    && amx_permitted()
+            }
+            #[cfg(not(all(target_arch = "x86_64", clsa_amx)))]
             _ => false,
         }
     }
@@ -63,12 +72,44 @@ impl Level {
     }
 }
 
+/// Whether the CPU has AMX and the system lets this process use it, which has to be asked for once.
+#[cfg(all(target_arch = "x86_64", clsa_amx, not(feature = "amx-emulator")))]
+fn amx_permitted() -> bool {
+    static PERMITTED: OnceLock<bool> = OnceLock::new();
+    *PERMITTED.get_or_init(|| {
+        // Leaf 7, EDX: AMX-BF16 is bit 22, AMX-TILE bit 24.
+        let has = std::arch::x86_64::__cpuid_count(7, 0).edx;
+        has >> 22 & 1 == 1 && has >> 24 & 1 == 1 && ask_for_tiles()
+    })
+}
+
+/// `arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`: Linux saves the tiles only of processes that asked.
+#[cfg(all(target_arch = "x86_64", clsa_amx, not(feature = "amx-emulator"), target_os = "linux"))]
+fn ask_for_tiles() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    // SAFETY: takes two numbers and touches no memory; kernels that do not know it return an error.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+}
+
+#[cfg(all(target_arch = "x86_64", clsa_amx, not(feature = "amx-emulator"), not(target_os = "linux")))]
+fn ask_for_tiles() -> bool {
+    false
+}
+
+/// The emulated tiles run anywhere.
+#[cfg(all(target_arch = "x86_64", clsa_amx, feature = "amx-emulator"))]
+fn amx_permitted() -> bool {
+    true
+}
+
 impl fmt::Display for Level {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(match self {
             Self::Ref => "ref",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
         })
     }
 }
@@ -87,10 +128,10 @@ impl FromStr for Level {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LevelError {
     /// Not a level's name.
-    #[error("CLSA_SIMD={0}: unknown level; use ref, avx2 or avx512, or unset it")]
+    #[error("CLSA_SIMD={0}: unknown level; use ref, avx2, avx512 or amx, or unset it")]
     Unknown(String),
     /// A level that this CPU cannot run.
-    #[error("CLSA_SIMD={0}: this CPU cannot run it; use a lower level, or unset it")]
+    #[error("CLSA_SIMD={0}: this CPU, system or build cannot run it; use a lower level, or unset it")]
     Unavailable(Level),
 }
 

@@ -70,10 +70,14 @@ struct Call<'a> {
     groups: bool,
 }
 
+fn forms(ops: &Ops, call: &Call, rows: usize) -> i32 {
+    matmul::forms(ops.level, rows, call.mats.iter().map(|w| w.ty))
+}
+
 /// The products of `rows` rows of x on `nth` threads: one vector [rows][n_out] for each matrix (one for swiglu).
 fn product(ops: &Ops, call: &Call, x: &[f32], rows: usize, nth: usize) -> Vec<Vec<f32>> {
     let n_in = x.len() / rows;
-    let forms = matmul::forms(ops.level, call.mats.iter().map(|w| w.ty));
+    let forms = forms(ops, call, rows);
     let mut packed = vec![Line([0; 64]); matmul::packed_bytes(rows, n_in, forms).div_ceil(64)];
     let mut p = clsa_matmul {
         x: clsa_pack {
@@ -136,10 +140,12 @@ fn normed(x: &[f32], norm: Option<&[f32]>) -> Vec<f64> {
     }
 }
 
-/// The product of one output with one row in f64, and the largest error that rounding x to int8 (forms Q8) and sums in f32 can
-/// make: half a step of each block of x per weight, and n roundings of the sum of magnitudes (weights with a minimum are a
-/// difference of two sums, the larger of which is bounded by 16 steps of the weights: hence the factor).
-fn oracle(w: &[f32], x: &[f64], q8: bool) -> (f64, f64) {
+/// The product of one output with one row in f64, and the largest error that rounding x to int8 (form Q8), or x and weights to bf16
+/// (form BF16), and sums in f32 can make: half a step of each block of x per weight, or 2^-8 of x and of the weight, and n roundings
+/// of the sum of magnitudes (weights with a minimum are a difference of two sums, the larger of which is bounded by 16 steps of the
+/// weights: hence the factor).
+fn oracle(w: &[f32], x: &[f64], forms: i32) -> (f64, f64) {
+    let [q8, bf16] = [CLSA_FORM_Q8, CLSA_FORM_BF16].map(|form| forms & form as i32 != 0);
     let (mut y, mut bound, mut magnitude) = (0.0, 0.0, 0.0);
     for (wb, xb) in w.chunks(32).zip(x.chunks(32)) {
         let max = xb.iter().fold(0f64, |m, v| m.max(v.abs()));
@@ -147,6 +153,7 @@ fn oracle(w: &[f32], x: &[f64], q8: bool) -> (f64, f64) {
         for (&wi, &xi) in wb.iter().zip(xb) {
             y += f64::from(wi) * xi;
             bound += if q8 { f64::from(wi).abs() * max / 253.9 } else { 0.0 };
+            bound += if bf16 { (f64::from(wi) * xi).abs() * (2.0 / 256.0 + 1.0 / 65536.0) } else { 0.0 };
             magnitude += widest * max;
         }
     }
@@ -161,10 +168,13 @@ fn silu(z: f64) -> f64 {
 fn compare(ops: &Ops, call: &Call, x: &[f32], rows: usize, nth: usize) {
     let n_in = x.len() / rows;
     let got = product(ops, call, x, rows, nth);
-    let q8 = |w: &Weights| matmul::forms(ops.level, [w.ty]) & CLSA_FORM_Q8 as i32 != 0;
+    let all = forms(ops, call, rows);
+    // All in bf16, or each weight in the form of its type.
+    let bf16 = all & CLSA_FORM_BF16 as i32 != 0;
+    let form = |w: &Weights| if bf16 { all } else { matmul::forms(ops.level, 1, [w.ty]) };
     for (r, x) in x.chunks(n_in).enumerate() {
         let x = normed(x, call.norm);
-        let each = |w: &Weights, o: usize| oracle(&w.values[o * n_in..][..n_in], &x, q8(w));
+        let each = |w: &Weights, o: usize| oracle(&w.values[o * n_in..][..n_in], &x, form(w));
         for (w, y) in call.mats.iter().zip(&got) {
             for o in 0..w.n_out {
                 let (mut wanted, mut bound) = each(w, o);
@@ -211,7 +221,7 @@ proptest! {
     /// Every type, level, ragged shape and number of threads; the way the calls are put together.
     #[test]
     fn products_are_right(
-        ty in any_type(), other in any_type(), blocks in 1usize..21, n_out in 1usize..70, rows in 1usize..40, nth in 1usize..5,
+        ty in any_type(), other in any_type(), blocks in 1usize..21, n_out in 1usize..150, rows in 1usize..80, nth in 1usize..5,
         seed: u64, norm: bool, add: bool, swiglu: bool, pack: bool, groups: bool,
     ) {
         let n_in = width(ty.block_len().max(other.block_len()), blocks);
@@ -258,12 +268,34 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..Default::default() })]
+
+    /// The same of many rows, which some levels multiply in a way of their own; rows of several thousand values among them.
+    #[test]
+    fn bits_of_many_rows_are_the_rows_own(
+        ty in any_type(), blocks in 1usize..21, long in 0usize..3, n_out in 1usize..150, rows in 32usize..100, from in 0usize..68,
+        nth in 1usize..5, seed: u64,
+    ) {
+        let n_in = if long == 0 { 4096 } else { width(ty.block_len(), blocks) };
+        let x = values(rows * n_in, seed ^ 1);
+        let w = Weights::new(ty, n_out, n_in, seed ^ 2);
+        for ops in Ops::all() {
+            let call = Call { mats: vec![&w], ..Default::default() };
+            let all = product(ops, &call, &x, rows, nth);
+            let from = from.min(rows - 32);
+            let part = product(ops, &Call { groups: true, ..call }, &x[from * n_in..], rows - from, 1);
+            prop_assert_eq!(&part[0][..], &all[0][from * n_out..], "{} {} rows {}..{}", ops.level, ty, from, rows);
+        }
+    }
+}
+
 /// The error against the exact product is no larger than that of ggml's own kernels, which round x to Q8_0 or Q8_K.
 #[test]
 fn error_is_at_most_ggmls() {
-    let (n_out, n_in, rows) = (96, 1024, 16);
-    let x = values(rows * n_in, 1);
-    for &ty in Type::ALL {
+    let (n_out, n_in) = (96, 1024);
+    for (&ty, rows) in Type::ALL.iter().flat_map(|ty| [(ty, 16), (ty, 48)]) {
+        let x = values(rows * n_in, 1);
         let w = Weights::new(ty, n_out, n_in, 2);
         let theirs = ggml_product(&w, &x, rows);
         let exact: Vec<f64> = x
@@ -285,8 +317,12 @@ fn error_is_at_most_ggmls() {
         for ops in Ops::all() {
             let ours = product(ops, &Call { mats: vec![&w], ..Default::default() }, &x, rows, 2);
             let (ours, theirs) = (rms(&ours[0]), rms(&theirs));
-            println!("{ty:7} {}: relative RMS error {ours:.2e}, ggml {theirs:.2e}", ops.level);
-            assert!(ours <= 1.01 * theirs + 1e-7, "{ty} {}: {ours:.3e}, ggml {theirs:.3e}", ops.level);
+            println!("{ty:7} {}, {rows} rows: relative RMS error {ours:.2e}, ggml {theirs:.2e}", ops.level);
+            assert!(
+                ours <= 1.01 * theirs + 1e-7,
+                "{ty} {}, {rows} rows: {ours:.3e}, ggml {theirs:.3e}",
+                ops.level
+            );
         }
     }
 }
@@ -321,8 +357,8 @@ fn ggml_product(w: &Weights, x: &[f32], rows: usize) -> Vec<f32> {
 /// A NaN or an infinity in x shows in every output of its row, and in no other row.
 #[test]
 fn nothing_hides_a_nan() {
-    let (n_in, rows) = (256, 3);
-    for &ty in Type::ALL {
+    let n_in = 256;
+    for (&ty, rows) in Type::ALL.iter().flat_map(|ty| [(ty, 3), (ty, 40)]) {
         let w = Weights::new(ty, 33, n_in, 5);
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = values(rows * n_in, 6);

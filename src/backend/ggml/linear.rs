@@ -117,7 +117,7 @@ impl Linear {
         clsa_pack {
             n_rows: rows as i32,
             n_in: self.n_in as i32,
-            forms: matmul::forms(self.shared.ops.level, self.matrices.iter().map(|m| m.ty)),
+            forms: matmul::forms(self.shared.ops.level, rows, self.matrices.iter().map(|m| m.ty)),
             eps,
             x,
             x_stride: self.n_in,

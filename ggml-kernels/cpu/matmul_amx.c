@@ -1,0 +1,209 @@
+// matmul.h with AMX: the rows of form BF16, from CLSA_AMX_ROWS on, with quantized weights. Everything else goes to
+// matmul_avx512vnni.c.
+//
+// Some groups of 16 outputs at a time are unpacked into bf16 panels that stay in the L2 cache; blocks of 2 x 2 tiles
+// of rows and outputs are multiplied with no more than loads and dot products in the loop. Long rows are cut into
+// pieces along the sum, so that enough outputs share a pass over the rows of x.
+#define MM_BF16 1
+#include "matmul_isa_avx512vnni.h"
+
+#include "amx.h"
+
+#include "matmul_unpack.h"
+#include "matmul_vector.h"
+
+// Blocks of 32 values of a piece of the sum, at most.
+#define PIECE_BLOCKS 96
+
+// ---- Packing
+
+// Form BF16 of row `row`: to tile row / 16, step b.
+static void pack_bf16(const struct clsa_pack *p, const float *x, float inv, int row) {
+    const int nb = p->n_in / 32;
+    uint8_t *out = bf16_tile(p->packed, p->n_rows, p->n_in, p->forms, row / AMX_ROWS) + row % AMX_ROWS * 64;
+    for (int b = 0; b < nb; b++, out += AMX_BYTES) {
+        V v[2] = {v_load(x + 32 * b), v_load(x + 32 * b + 16)};
+        if (p->norm)
+            for (int i = 0; i < 2; i++)
+                v[i] = v_mul(v_mul(v[i], v_set1(inv)), v_load(p->norm + 32 * b + 16 * i));
+        _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
+    }
+}
+
+void clsa_pack_amx(const struct clsa_pack *p, int ith, int nth, void *scratch) {
+    if (!(p->forms & CLSA_FORM_BF16)) {
+        clsa_pack_avx512vnni(p, ith, nth, scratch);
+        return;
+    }
+    const int from = (int)((int64_t)p->n_rows * ith / nth), to = (int)((int64_t)p->n_rows * (ith + 1) / nth);
+    for (int row = from; row < to; row++) {
+        const float *x = p->x + (size_t)row * p->x_stride;
+        pack_bf16(p, x, p->norm ? inverse_rms(x, p->n_in, p->eps) : 1, row);
+    }
+    // The last tile's other rows.
+    for (int row = p->n_rows; to == p->n_rows && from < to && row % AMX_ROWS; row++)
+        for (int b = 0; b < p->n_in / 32; b++)
+            memset(bf16_tile(p->packed, p->n_rows, p->n_in, p->forms, row / AMX_ROWS) + b * AMX_BYTES +
+                       row % AMX_ROWS * 64,
+                   0, 64);
+}
+
+// ---- Unpacking, per type and layout
+
+typedef void unpack_fn(struct src w, int nb, uint8_t *panel);
+#define MM_UNPACK(name, packed)                                                                                        \
+    static void name##_##packed(struct src w, int nb, uint8_t *panel) {                                                \
+        struct sink to = {.panel = panel};                                                                             \
+        unpack_##name(w, nb, &to, 0, packed);                                                                          \
+    }
+#define MM_UNPACKERS(name) MM_UNPACK(name, 0) MM_UNPACK(name, 1)
+MM_QUANTIZED(MM_UNPACKERS)
+
+static unpack_fn *unpacker(int type, int packed) {
+    switch (type) {
+#define MM_CASE(name)                                                                                                  \
+    case T_##name:                                                                                                     \
+        return packed ? name##_1 : name##_0;
+        MM_QUANTIZED(MM_CASE)
+#undef MM_CASE
+    }
+    return NULL;
+}
+
+// ---- The op
+
+// acc[2 m + n] = x tile m * panel n over nb blocks: C in tiles 0 .. 3, x in 4 and 5, weights in 6 and 7. Brings lines
+// from .. to of each tile of x a block of rows further on (`ahead` bytes) to the L2 cache.
+ALWAYS_INLINE void block(const uint8_t *x, size_t x_stride, const uint8_t *w, size_t w_stride, int nb, size_t ahead,
+                         int from, int to, float (*acc)[AMX_ROWS * GROUP], int m, int n) {
+    amx_zero(0);
+    if (n > 1)
+        amx_zero(1);
+    if (m > 1)
+        amx_zero(2);
+    if (m > 1 && n > 1)
+        amx_zero(3);
+    for (int b = 0; b < nb; b++, x += AMX_BYTES, w += AMX_BYTES) {
+        amx_load(6, w, 64);
+        amx_load(4, x, 64);
+        amx_dot_bf16(0, 4, 6);
+        if (n > 1) {
+            amx_load(7, w + w_stride, 64);
+            amx_dot_bf16(1, 4, 7);
+        }
+        if (m > 1) {
+            amx_load(5, x + x_stride, 64);
+            amx_dot_bf16(2, 5, 6);
+        }
+        if (m > 1 && n > 1)
+            amx_dot_bf16(3, 5, 7);
+        for (int line = from; line < to; line++) {
+            _mm_prefetch((const char *)x + ahead + 64 * line, _MM_HINT_T1);
+            _mm_prefetch((const char *)x + ahead + x_stride + 64 * line, _MM_HINT_T1);
+        }
+    }
+    amx_store(0, acc[0], 64);
+    if (n > 1)
+        amx_store(1, acc[1], 64);
+    if (m > 1)
+        amx_store(2, acc[2], 64);
+    if (m > 1 && n > 1)
+        amx_store(3, acc[3], 64);
+}
+
+typedef void block_fn(const uint8_t *x, size_t x_stride, const uint8_t *w, size_t w_stride, int nb, size_t ahead,
+                      int from, int to, float (*acc)[AMX_ROWS * GROUP]);
+#define MM_BLOCK(m, n)                                                                                                 \
+    static void block_##m##_##n(const uint8_t *x, size_t x_stride, const uint8_t *w, size_t w_stride, int nb,          \
+                                size_t ahead, int from, int to, float(*acc)[AMX_ROWS * GROUP]) {                       \
+        block(x, x_stride, w, w_stride, nb, ahead, from, to, acc, m, n);                                               \
+    }
+MM_BLOCK(1, 1)
+MM_BLOCK(1, 2)
+MM_BLOCK(2, 1)
+MM_BLOCK(2, 2)
+static block_fn *const blocks[2][2] = {{block_1_1, block_1_2}, {block_2_1, block_2_2}};
+
+// Where the results of two tiles of x and two panels go. mat: one matrix and two groups of it, or gate and up and one
+// group. Adds `add` of the matrix.
+static void hand_out(const struct clsa_matrix *mat, int n_mat, const struct group *at, int n, int row, int n_rows,
+                     float (*acc)[AMX_ROWS * GROUP]) {
+    for (int m = 0; m < 2 && row + m * AMX_ROWS < n_rows; m++) {
+        const int first = row + m * AMX_ROWS, rows = MIN(AMX_ROWS, n_rows - first);
+        for (int i = 0; i < n; i++)
+            close_up(&at[i], acc[2 * m + i], rows);
+        if (n_mat == 2)
+            swiglu(acc[2 * m], acc[2 * m + 1], rows * GROUP);
+        for (int i = 0; i < (n_mat == 2 ? 1 : n); i++)
+            store_group(mat, &at[i], acc[2 * m + i], first, rows, n_mat == 1);
+    }
+}
+
+// Groups first .. first + count of `n_mat` matrices (two: gate and up), blocks b0 .. b0 + nb of the sum, all rows.
+static void panel_product(const struct clsa_matmul *p, const struct clsa_matrix *mat, int n_mat, int first, int count,
+                          int b0, int nb, const struct mm_scratch *scratch) {
+    const int n_in = p->x.n_in, n_rows = p->x.n_rows, panels = count * n_mat;
+    const size_t panel_bytes = (size_t)nb * AMX_BYTES, x_stride = (size_t)(n_in / 32) * AMX_BYTES;
+    for (int i = 0; i < panels; i++) {
+        const struct clsa_matrix *m = &mat[i % n_mat];
+        const struct group at = group_of(m, n_in, first + i / n_mat, scratch->rows);
+        const size_t skip = mm_row_bytes(m->type, 32 * b0) * (at.packed ? GROUP : 1);
+        unpacker(m->type, at.packed)((struct src){at.w + skip, at.row_bytes}, nb, scratch->panel + i * panel_bytes);
+    }
+    const int units = (panels + 1) / 2;
+    for (int row = 0; row < n_rows; row += 2 * AMX_ROWS) {
+        const uint8_t *x = bf16_tile(p->x.packed, n_rows, n_in, p->x.forms, row / AMX_ROWS) + (size_t)b0 * AMX_BYTES;
+        // The next rows of x, a part with each unit; past the end, these rows.
+        const size_t ahead = row + 2 * AMX_ROWS < n_rows ? 2 * x_stride : 0;
+        for (int u = 0; u < units; u++) {
+            const int n = MIN(2, panels - 2 * u), m = row + AMX_ROWS < n_rows ? 2 : 1;
+            struct group at[2];
+            _Alignas(64) float acc[4][AMX_ROWS * GROUP];
+            for (int i = 0; i < n; i++)
+                at[i] = group_of(&mat[(2 * u + i) % n_mat], n_in, first + (2 * u + i) / n_mat, scratch->rows);
+            blocks[m - 1][n - 1](x, x_stride, scratch->panel + 2 * u * panel_bytes, panel_bytes, nb, ahead,
+                                 16 * u / units, 16 * (u + 1) / units, acc);
+            hand_out(mat, n_mat, at, n, row, n_rows, acc);
+        }
+    }
+}
+
+// Groups from .. to of `n_mat` matrices.
+static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, int n_mat, int from, int to,
+                   const struct mm_scratch *scratch) {
+    if (from >= to)
+        return;
+    const int nb = p->x.n_in / 32;
+    // silu() wants whole sums. Pieces are whole blocks of 256.
+    const int pieces = n_mat == 2 ? 1 : (nb + PIECE_BLOCKS - 1) / PIECE_BLOCKS;
+    const int piece = MIN(nb, ROUND_UP((nb + pieces - 1) / pieces, 8));
+    // As many groups as the cache holds, in pairs; all passes alike.
+    const int fit = AMX_PANEL_BYTES / (piece * AMX_BYTES * n_mat), most = MAX(1, fit * n_mat / 2) * 2 / n_mat;
+    const int passes = (to - from + most - 1) / most, each = ROUND_UP((to - from + passes - 1) / passes, 2 / n_mat);
+    for (int first = from; first < to; first += each)
+        for (int b = 0; b < nb; b += piece) {
+            struct clsa_matrix sum[2] = {mat[0], mat[n_mat - 1]};
+            if (b > 0)
+                sum[0].add = sum[0].y, sum[0].add_stride = sum[0].y_stride;
+            panel_product(p, sum, n_mat, first, MIN(each, to - first), b, MIN(piece, nb - b), scratch);
+        }
+}
+
+void clsa_matmul_amx(const struct clsa_matmul *p, int ith, int nth, void *scratch_) {
+    if (!p->x.packed || !(p->x.forms & CLSA_FORM_BF16)) {
+        clsa_matmul_avx512vnni(p, ith, nth, scratch_);
+        return;
+    }
+    const struct mm_scratch scratch = mm_scratch_of(p, ith, scratch_);
+    const int swiglu_pair = p->epilogue == CLSA_EPILOGUE_SWIGLU;
+    const int64_t n = mm_groups(p);
+    int from = (int)(n * ith / nth), to = (int)(n * (ith + 1) / nth);
+    amx_start();
+    for (int m = 0; m < (swiglu_pair ? 1 : p->n_mat); m++) {
+        const int mine = (p->mat[m].n_out + GROUP - 1) / GROUP;
+        if (from < mine && to > 0)
+            groups(p, p->mat + m, swiglu_pair ? 2 : 1, MAX(from, 0), MIN(to, mine), &scratch);
+        from -= mine, to -= mine;
+    }
+    amx_end();
+}
