@@ -55,6 +55,8 @@ pub struct Memory {
     pub weights: u64,
     /// Weights repacked into a second copy.
     pub repacked: u64,
+    /// How long that copy took to make.
+    pub repack_time: std::time::Duration,
     /// Shared memory, index keys and windows.
     pub cache: u64,
     /// Everything that a step needs besides.

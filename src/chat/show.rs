@@ -100,7 +100,7 @@ fn memory(talk: &Talk) -> String {
         |what: &str, bytes: u64, note: &str| format!("  {what:<12} {:>12}  {note}\n", human_bytes(bytes));
     [
         line("weights", m.weights, "mapped from the file"),
-        line("repacked", m.repacked, "copies in another layout"),
+        line("repacked", m.repacked, &format!("copies in another layout, made in {:.1?}", m.repack_time)),
         line("cache", m.cache, &format!("reserved for {} positions", count(engine.context()))),
         line(
             "  in use",

@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 
 use super::model::{CacheTypeArg, Device, ModelArgs};
 use super::{stdout_error, token_bar};
-use crate::backend::Routing;
+use crate::backend::{Routing, ggml::Repack};
 use crate::bench::contest::{Contest, Plan, Samples, Way};
 use crate::bench::limits::{self, Machine};
 use crate::bench::peer::Peer;
@@ -93,6 +93,9 @@ pub struct BenchArgs {
     /// Time llama.cpp on this Transformer file in turn with ours (CPU, same threads); with --compare on the Transformer's file
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = SAME_FILE)]
     with_llama_cpp: Option<PathBuf>,
+    /// A repacked copy of the weights: auto, on, off
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    repack: Repack,
     /// Draw tokens per second over depth as an SVG file, and bars on standard error
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
@@ -285,6 +288,7 @@ impl BenchArgs {
             routing: vec![],
             top_k_tokens: None,
             device: self.device,
+            repack: self.repack,
             verbose: false,
         }
     }

@@ -6,7 +6,13 @@ use std::sync::atomic::AtomicBool;
 use clap::{Args, ValueEnum};
 
 use super::{human_bytes, threads_from};
-use crate::backend::{Backend, Routing, cuda::Cuda, ggml::Ggml, probe::Probe, reference::Reference};
+use crate::backend::{
+    Backend, Routing,
+    cuda::Cuda,
+    ggml::{Ggml, Repack},
+    probe::Probe,
+    reference::Reference,
+};
 use crate::cache::{CacheSpec, CacheType};
 use crate::engine::{Engine, Options};
 use crate::error::{Error, Result};
@@ -45,6 +51,9 @@ pub struct ModelArgs {
     /// Where to run
     #[arg(long, env = "CLSA_DEVICE", value_name = "DEVICE", default_value = "auto")]
     pub device: Device,
+    /// Keep a copy of the weights in the order the CPU kernels read best: on, off, or where it fits and soon pays
+    #[arg(long, env = "CLSA_REPACK", value_name = "WHEN", default_value = "auto")]
+    pub repack: Repack,
     /// Print the resolved settings and the memory table to standard error (-v)
     #[arg(short, long)]
     pub verbose: bool,
@@ -271,7 +280,8 @@ impl ModelArgs {
                 remedy: "lower -c, or use -ctk q8_0 -ctv q8_0".into(),
             });
         }
-        Ok(Box::new(Ggml::new(model.clone(), spec, self.threads(), Arc::clone(interrupt))?))
+        let (model, threads) = (model.clone(), self.threads());
+        Ok(Box::new(Ggml::with_repacked(model, spec, threads, Arc::clone(interrupt), self.repack)?))
     }
 }
 
@@ -290,7 +300,7 @@ fn report(engine: &Engine, free: u64) {
     eprintln!("routing  {routing}, top-k {top_k}");
     eprintln!("memory   weights  {:>12}  (mapped from the file)", human_bytes(memory.weights));
     if memory.repacked > 0 {
-        eprintln!("         repacked {:>12}", human_bytes(memory.repacked));
+        eprintln!("         repacked {:>12}  (in {:.1?})", human_bytes(memory.repacked), memory.repack_time);
     }
     eprintln!("         cache    {:>12}", human_bytes(memory.cache));
     eprintln!("         scratch  {:>12}", human_bytes(memory.scratch));

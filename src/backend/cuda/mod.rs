@@ -277,9 +277,9 @@ impl Backend for Cuda {
     fn memory(&self) -> Memory {
         Memory {
             weights: self.weights.bytes(),
-            repacked: 0,
             cache: self.caches.bytes(),
             scratch: self.s.bytes() + self.step.bytes() + Blas::WORKSPACE as u64,
+            ..Memory::default()
         }
     }
 

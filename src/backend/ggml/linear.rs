@@ -23,6 +23,7 @@ struct Matrix {
     bytes: usize,
     ty: Type,
     n_out: usize,
+    repacked: bool,
 }
 
 /// One to four products of the same rows.
@@ -37,7 +38,7 @@ pub struct Linear {
     probe: Option<Arc<Input>>,
 }
 
-// SAFETY: the pointers are into the memory map and to norm vectors, which the backend keeps alive and nobody writes.
+// SAFETY: the pointers are into the memory map, the repacked weights and to norm vectors, which the backend keeps alive and nobody writes.
 unsafe impl Send for Linear {}
 // SAFETY: as above; the kernels divide what is written among the pieces.
 unsafe impl Sync for Linear {}
@@ -137,9 +138,10 @@ impl Linear {
         let mut mat = [clsa_matrix::default(); CLSA_MAX_MATRICES as usize];
         let mut at = 0;
         for (to, m) in mat.iter_mut().zip(&self.matrices) {
-            // SAFETY: the loader checked that the map holds these bytes; the backend keeps it.
+            // SAFETY: the loader checked that the map holds these bytes, or they are the repacked copy; the backend keeps both.
             let bytes = unsafe { std::slice::from_raw_parts(m.data, m.bytes) };
-            *to = matmul::matrix(m.ty, bytes, m.n_out, self.n_in, y.wrapping_add(at), m.n_out);
+            let matrix = if m.repacked { matmul::repacked_matrix } else { matmul::matrix };
+            *to = matrix(m.ty, bytes, m.n_out, self.n_in, y.wrapping_add(at), m.n_out);
             to.add = add.unwrap_or(ptr::null());
             to.add_stride = m.n_out;
             at += rows * m.n_out;
@@ -157,8 +159,15 @@ impl Ggml {
     /// The products of `weights` with `RMS(x; norm)`, or with x itself.
     pub(super) fn linear(&self, weights: &[&Weight], norm: Option<&Weight>) -> Linear {
         let matrix = |w: &&Weight| {
-            let bytes = self.model.bytes(w);
-            Matrix { data: bytes.as_ptr(), bytes: bytes.len(), ty: w.ty, n_out: w.n_out }
+            let copy = self.repacked.as_ref().and_then(|r| r.get(w));
+            let bytes = copy.unwrap_or_else(|| self.model.bytes(w));
+            Matrix {
+                data: bytes.as_ptr(),
+                bytes: bytes.len(),
+                ty: w.ty,
+                n_out: w.n_out,
+                repacked: copy.is_some(),
+            }
         };
         Linear {
             shared: Arc::clone(&self.shared),

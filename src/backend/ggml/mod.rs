@@ -4,12 +4,14 @@ mod clock;
 mod graph;
 mod linear;
 mod nodes;
+mod repacked;
 mod step;
 mod team;
 
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use ggml_kernels::ggml as g;
 use ggml_kernels::ops::Ops;
@@ -17,6 +19,8 @@ use ggml_kernels::ops::Ops;
 use self::caches::Caches;
 use self::clock::Clock;
 use self::graph::{Arena, Context, Graph, Node, Runner};
+pub use self::repacked::Repack;
+use self::repacked::Repacked;
 use self::step::Shared;
 use self::team::Team;
 use super::probe::Probe;
@@ -24,6 +28,7 @@ use super::{Backend, Batch, Memory, Queries, Record, Routing, Stage, Timing};
 use crate::cache::{CacheSpec, PageTables};
 use crate::error::{Error, Result};
 use crate::model::{Model, Weight};
+use crate::placement;
 
 /// The model on this machine's cores.
 pub struct Ggml {
@@ -34,6 +39,7 @@ pub struct Ggml {
     embedding: Node,
     // Norm vectors in f32, by offset in the file.
     vectors: HashMap<usize, Box<[f32]>>,
+    repacked: Option<Repacked>,
     _context: Context,
     team: Arc<Mutex<Team>>,
     clock: Arc<Clock>,
@@ -102,6 +108,20 @@ impl Ggml {
     /// # Errors
     /// [`Error::Memory`] when the caches cannot be had.
     pub fn new(model: Model, spec: CacheSpec, threads: usize, interrupt: Arc<AtomicBool>) -> Result<Self> {
+        Self::with_repacked(model, spec, threads, interrupt, Repack::Off)
+    }
+
+    /// As [`Ggml::new`], with a repacked copy of the weights if `repack` says so.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] when the caches, or copies asked for, cannot be had.
+    pub fn with_repacked(
+        model: Model,
+        spec: CacheSpec,
+        threads: usize,
+        interrupt: Arc<AtomicBool>,
+        repack: Repack,
+    ) -> Result<Self> {
         let c = &model.config;
         spec.check(c)?;
         let context = Context::new(1)?;
@@ -114,18 +134,17 @@ impl Ggml {
         let vectors = vectors.map(|w| (w.offset, model.values(w).into_boxed_slice())).collect();
         let team = Team::new(threads)
             .map_err(|e| Error::Runtime(format!("could not start {threads} threads: {e}")))?;
+        let ops = Ops::best().map_err(|e| Error::Input(e.to_string()))?;
+        let free = placement::free_memory().saturating_sub(placement::cache_bytes(c, &spec));
+        let repacked = Repacked::new(&model, repack, free, threads, ops)?;
         let caches = Caches::new(c, &spec)?;
-        let shared = Arc::new(Shared::new(
-            &model,
-            &spec,
-            pieces(threads),
-            Ops::best().map_err(|e| Error::Input(e.to_string()))?,
-        ));
+        let shared = Arc::new(Shared::new(&model, &spec, pieces(threads), ops));
         let mut backend = Self {
             caches,
             shared,
             embedding,
             vectors,
+            repacked,
             _context: context,
             team: Arc::new(Mutex::new(team)),
             clock: Arc::default(),
@@ -211,7 +230,9 @@ impl Backend for Ggml {
     fn memory(&self) -> Memory {
         Memory {
             weights: self.model.weights.all().map(|w| w.bytes as u64).sum(),
-            repacked: self.vectors.values().map(|v| v.len() as u64 * 4).sum(),
+            repacked: self.vectors.values().map(|v| v.len() as u64 * 4).sum::<u64>()
+                + self.repacked.as_ref().map_or(0, |r| r.bytes() as u64),
+            repack_time: self.repacked.as_ref().map_or(Duration::ZERO, Repacked::time),
             cache: self.caches.bytes(),
             scratch: self.arena.bytes() as u64 + self.shared.bytes(),
         }
