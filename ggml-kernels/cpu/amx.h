@@ -1,4 +1,4 @@
-// AMX tiles in bf16: eight registers of 16 rows of 64 bytes, and C[m][n] += sum_k A[m][k] B[k][n] on them. B holds two
+// AMX tiles: eight registers of 16 rows of 64 bytes, and C[m][n] += sum_k A[m][k] B[k][n] on them. B holds two
 // values of k side by side: its row r is B[2r][n], B[2r + 1][n] for n = 0 .. 15.
 //
 // With CLSA_AMX_EMULATED the registers are plain arrays, so that CPUs without AMX can test the kernels.
@@ -32,6 +32,7 @@ ALWAYS_INLINE void amx_end(void) { _tile_release(); }
 #define amx_load(t, from, stride) _tile_loadd(t, from, stride)
 #define amx_store(t, to, stride) _tile_stored(t, to, stride)
 #define amx_dot_bf16(c, a, b) _tile_dpbf16ps(c, a, b)
+#define amx_dot_int8(c, a, b) _tile_dpbssd(c, a, b)
 
 #else
 
@@ -79,6 +80,17 @@ static __attribute__((noinline)) void amx_dot_bf16(int c, int a, int b) {
         }
         _mm512_store_ps(amx_tile(c)[m], sum);
     }
+}
+// Signed bytes, four values of k side by side.
+static __attribute__((noinline)) void amx_dot_int8(int c, int a, int b) {
+    for (int m = 0; m < AMX_ROWS; m++)
+        for (int n = 0; n < 16; n++) {
+            uint32_t sum;
+            memcpy(&sum, amx_tile(c)[m] + 4 * n, 4);
+            for (int k = 0; k < 64; k++)
+                sum += (uint32_t)((int8_t)amx_tile(a)[m][k] * (int8_t)amx_tile(b)[k / 4][4 * n + k % 4]);
+            memcpy(amx_tile(c)[m] + 4 * n, &sum, 4);
+        }
 }
 
 #endif

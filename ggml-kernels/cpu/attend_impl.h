@@ -253,6 +253,18 @@ static void weigh_block(int n, const float *p, const float *alpha, const uint8_t
 #undef BODY
 }
 
+// Whether no value of the rows v[from] .. v[end] is NaN or infinite: those times 0 are NaN.
+static int all_finite(const uint8_t *const *v, int32_t type, int32_t first, int32_t d, int32_t from, int32_t end) {
+    vf sum = vf_set1(0);
+#define BODY(type)                                                                                                     \
+    for (int32_t s = from; s < end; s++)                                                                               \
+        for (int32_t j = 0; j < d; j += VL)                                                                            \
+    sum = vf_fma(row_load(v[s], type, first + j), vf_set1(0), sum)
+    WITH_TYPE(type, BODY)
+#undef BODY
+    return vf_hsum(sum) == 0;
+}
+
 // One tile's scores of one pair become weights: masks keys outside of [first, end), raises the running maximum, adds to
 // the sum. Returns the factor for what was summed so far.
 static float soften(float *s, int32_t from, int32_t to, int32_t first, int32_t end, float *state) {
@@ -347,6 +359,7 @@ static void attend_piece(const struct attend *a, struct work w, struct piece pie
                     state_merge(w.total + p * state, w.chunk + p * state, d);
         for (int32_t g = 0; g < piece.n_g; g++) {
             const int32_t p_first = g * group, p_end = piece.n_g > 1 ? p_first + group : pairs;
+            int finite = -1;                             // not yet looked at
             const int once = p_end - p_first <= QK_ROWS; // a panel is used once: while it is in the first cache
             if (!once)
                 load_k(a, now, next, piece.g + g, tile_from - tile, tile_end - tile, w.k);
@@ -371,17 +384,30 @@ static void attend_piece(const struct attend *a, struct work w, struct piece pie
                         load_k(a, now, next, piece.g + g, MAX(i, from), MIN(i + PANEL, to), w.k);
                     scores_block(n, w.q + (size_t)p0 * d, w.k + (size_t)i * d, w.s + (size_t)p0 * TILE + i, d);
                 }
+                const uint8_t *const *v = direct ? now->v : converted;
+                const int32_t type = direct ? a->v.type : CLSA_F32, first = direct ? (piece.g + g) * d : 0;
                 float alpha[QK_ROWS];
+                int apart = 0; // keys of some rows only, and a weight of 0 would not hide their values from the others
                 for (int32_t i = 0; i < n; i++) {
                     struct range keys = keys_of(a, piece.row + (p0 + i) / per_row);
+                    if (keys.first > hull.first || keys.end < hull.end) {
+                        if (finite < 0)
+                            finite = all_finite(v, type, first, d, tile_from - tile, tile_end - tile);
+                        apart = !finite;
+                    }
                     alpha[i] = soften(w.s + (size_t)(p0 + i) * TILE, from, to, MAX(keys.first, tile_from) - tile,
                                       MIN(keys.end, tile_end) - tile, w.chunk + (p0 + i) * state);
                 }
-                for (int32_t i = 0; i < n; i += PV_ROWS)
-                    weigh_block(MIN(PV_ROWS, n - i), w.s + (size_t)(p0 + i) * TILE, alpha + i,
-                                direct ? now->v : converted, direct && i == 0 ? next->v : NULL,
-                                direct ? a->v.type : CLSA_F32, direct ? (piece.g + g) * d : 0, d, hull.first - tile,
-                                hull.end - tile, w.chunk + (p0 + i) * state + STATE_OUT);
+                for (int32_t i = 0; i < n; i += apart ? 1 : PV_ROWS) {
+                    struct range keys = hull;
+                    if (apart) {
+                        keys = keys_of(a, piece.row + (p0 + i) / per_row);
+                        keys.first = MAX(keys.first, tile_from), keys.end = MIN(keys.end, tile_end);
+                    }
+                    weigh_block(apart ? 1 : MIN(PV_ROWS, n - i), w.s + (size_t)(p0 + i) * TILE, alpha + i, v,
+                                direct && i == 0 ? next->v : NULL, type, first, d, keys.first - tile, keys.end - tile,
+                                w.chunk + (p0 + i) * state + STATE_OUT);
+                }
             }
         }
         struct tile *swap = now;
@@ -391,13 +417,17 @@ static void attend_piece(const struct attend *a, struct work w, struct piece pie
         state_merge(w.total + p * state, w.chunk + p * state, d);
 }
 
-// Rows in blocks that share tiles: a block holds consecutive rows of one sequence, a piece is a block and a KV head.
-static void attend_blocks(const struct attend *a, struct work w, struct team *team, int nth) {
+typedef void piece_fn(const struct attend *a, struct work w, struct piece piece);
+
+// Rows in blocks that share tiles: a block holds consecutive rows of one sequence, a piece is a block and a KV head
+// (always, if `one_head`). `walk` does a piece.
+static void attend_blocks(const struct attend *a, struct work w, struct team *team, int nth, piece_fn *walk,
+                          int one_head) {
     const int32_t group = a->n_head / a->n_kv, n_rows = a->batch.n_rows;
     const int32_t fair = (int32_t)(((int64_t)n_rows * a->n_kv + 4 * nth - 1) / (4 * nth));
     const int32_t most = a->selected ? 1 : MAX(1, MIN(BLOCK_ROWS / group, fair));
     // A row that shares with none takes all its KV heads, so that whole cache rows are read.
-    const int32_t n_g = most == 1 ? a->n_kv : 1;
+    const int32_t n_g = most == 1 && !one_head ? a->n_kv : 1;
     const uint32_t parts = (uint32_t)(a->n_kv / n_g);
     int32_t row = 0;
     uint32_t block = 0, claimed;
@@ -414,7 +444,7 @@ static void attend_blocks(const struct attend *a, struct work w, struct team *te
             break;
         struct piece piece = {
             row, n, (int32_t)(claimed % parts), n_g, {keys_of(a, row).first, keys_of(a, row + n - 1).end}};
-        attend_piece(a, w, piece);
+        walk(a, w, piece);
         for (int32_t p = 0; p < n * n_g * group; p++) {
             size_t at = (size_t)(row + p / (n_g * group)) * a->n_head + piece.g * group + p % (n_g * group);
             state_finish(w.total + p * state_floats(a->d), a->out + at * a->d, a->d);
@@ -470,6 +500,6 @@ static void attend(const struct attend *a, int ith, int nth, void *scratch) {
     if (split_chunks(a->batch.n_rows, nth))
         attend_chunks(a, w, team, nth, scratch);
     else
-        attend_blocks(a, w, team, nth);
+        attend_blocks(a, w, team, nth, attend_piece, 0);
     team_leave(team, nth);
 }

@@ -189,12 +189,28 @@ static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, i
         }
 }
 
+// A part of the scratch memory for as long as this thread works on the op: the same one as last time if it is free, so
+// that panels are written where this core's cache has them. The op's sync words say which ones are taken.
+static int take_part(void *scratch, int nth) {
+    static _Thread_local int part;
+    _Atomic uint8_t *taken = scratch;
+    for (part = part < nth ? part : 0;; part = (part + 1) % nth) {
+        uint8_t no = 0;
+        if (atomic_compare_exchange_strong_explicit(&taken[part], &no, 1, memory_order_acquire, memory_order_relaxed))
+            return part;
+    }
+}
+static void leave_part(void *scratch, int part) {
+    atomic_store_explicit((_Atomic uint8_t *)scratch + part, 0, memory_order_release);
+}
+
 void clsa_matmul_amx(const struct clsa_matmul *p, int ith, int nth, void *scratch_) {
     if (!p->x.packed || !(p->x.forms & CLSA_FORM_BF16)) {
         clsa_matmul_avx512vnni(p, ith, nth, scratch_);
         return;
     }
-    const struct mm_scratch scratch = mm_scratch_of(p, ith, scratch_);
+    const int part = take_part(scratch_, nth);
+    const struct mm_scratch scratch = mm_scratch_of(p, part, scratch_);
     const int swiglu_pair = p->epilogue == CLSA_EPILOGUE_SWIGLU;
     const int64_t n = mm_groups(p);
     int from = (int)(n * ith / nth), to = (int)(n * (ith + 1) / nth);
@@ -206,4 +222,5 @@ void clsa_matmul_amx(const struct clsa_matmul *p, int ith, int nth, void *scratc
         from -= mine, to -= mine;
     }
     amx_end();
+    leave_part(scratch_, part);
 }

@@ -64,8 +64,10 @@ typedef void unpack_fn(struct src w, int nb, struct sink *to);
 #define MM_UNPACKERS(name)                                                                                             \
     MM_UNPACK(name, 0, 0)                                                                                              \
     MM_UNPACK(name, 1, 0)                                                                                              \
-    MM_UNPACK(name, 2, 0) MM_UNPACK(name, 3, 0) MM_UNPACK(name, 4, 0) MM_UNPACK(name, 0, 1) MM_UNPACK(name, 1, 1)      \
-        MM_UNPACK(name, 2, 1) MM_UNPACK(name, 3, 1) MM_UNPACK(name, 4, 1)
+    MM_UNPACK(name, 2, 0)                                                                                              \
+    MM_UNPACK(name, 3, 0)                                                                                              \
+    MM_UNPACK(name, 4, 0)                                                                                              \
+    MM_UNPACK(name, 0, 1) MM_UNPACK(name, 1, 1) MM_UNPACK(name, 2, 1) MM_UNPACK(name, 3, 1) MM_UNPACK(name, 4, 1)
 #define MM_ROWS(name, packed)                                                                                          \
     {name##_0_##packed, name##_1_##packed, name##_2_##packed, name##_3_##packed, name##_4_##packed}
 #else

@@ -4,8 +4,12 @@
 //
 //   out[r][h] = sum_s p_s V_s[g],  p = softmax over s in (t - W, t] of ( q[r][h] . K_s[g] * scale )
 //
-// The cache already holds the rows of every position of the batch. Scores and sums in f32, stable softmax.
-// Scratch: none that grows with the context.
+// The cache already holds the rows of every position of the batch. Scores and sums in f32, stable softmax. A value that
+// is not finite shows in the rows that attend to it, and in no other.
+//
+// With AMX, ops of CLSA_AMX_ROWS (matmul.h) rows and more over f16 and Q8_0 caches round q, k, v and p to bf16. A row
+// of an op of few rows and the same row in an op of many then differ within that. Scratch: none that grows with the
+// context.
 #pragma once
 #include "clsa.h"
 
@@ -24,6 +28,8 @@ struct clsa_attention {
 };
 
 CLSA_OP(attention)
+// F, BW, CD, DQ, VL, BF16 and AMX-BF16.
+void clsa_attention_amx(const struct clsa_attention *p, int ith, int nth, void *scratch);
 
 #ifdef __cplusplus
 }

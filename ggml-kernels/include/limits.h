@@ -15,6 +15,8 @@ extern "C" {
 CLSA_LIMITS(ref)
 CLSA_LIMITS(avx2)
 CLSA_LIMITS(avx512vnni)
+double clsa_limit_int8_amx(int64_t steps);
+double clsa_limit_bf16_amx(int64_t steps);
 
 #ifdef __cplusplus
 }

@@ -11,15 +11,25 @@ pub struct Limits {
     pub int8: f64,
     /// f32 operations per second.
     pub float: f64,
+    /// bf16 operations per second of matrix tiles, where the level has them.
+    pub bf16: Option<f64>,
 }
 
 type Rate = unsafe extern "C" fn(i64) -> f64;
 type Read = unsafe extern "C" fn(*const u8, usize);
 
+#[cfg(all(target_arch = "x86_64", clsa_amx))]
+unsafe extern "C" fn int8_amx(steps: i64) -> f64 {
+    // SAFETY: the caller's: the level is available.
+    unsafe { clsa_limit_int8_amx(steps / 16) }
+}
+
 fn kernels(level: Level) -> (Rate, Rate, Read) {
     match level {
+        #[cfg(all(target_arch = "x86_64", clsa_amx))]
+        Level::Amx => (int8_amx, clsa_limit_f32_avx512vnni, clsa_limit_read_avx512vnni),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Amx if crate::matmul::has_vnni() => {
+        Level::Avx512 if crate::matmul::has_vnni() => {
             (clsa_limit_int8_avx512vnni, clsa_limit_f32_avx512vnni, clsa_limit_read_avx512vnni)
         }
         #[cfg(target_arch = "x86_64")]
@@ -41,6 +51,11 @@ pub fn measure(level: Level, threads: usize) -> Limits {
     let (int8, float, read) = kernels(level);
     let best = |work: &(dyn Fn(usize) -> f64 + Sync)| (0..5).map(|_| rate(threads, work)).fold(0.0, f64::max);
     const STEPS: i64 = 1_000_000;
+    #[cfg(not(all(target_arch = "x86_64", clsa_amx)))]
+    let bf16 = None;
+    // SAFETY: the level is available; no memory is touched.
+    #[cfg(all(target_arch = "x86_64", clsa_amx))]
+    let bf16 = (level == Level::Amx).then(|| best(&|_| unsafe { clsa_limit_bf16_amx(STEPS / 16) }));
     // Large pages where the system has them, as the caches ask for: reads of small ones are a third slower.
     let mut memory = memmap2::MmapMut::map_anon(512 << 20).expect("512 MiB of memory to measure with");
     #[cfg(target_os = "linux")]
@@ -54,6 +69,7 @@ pub fn measure(level: Level, threads: usize) -> Limits {
             read(memory[i * part..].as_ptr(), part);
             part as f64
         }),
+        bf16,
         // SAFETY: the level is available; no memory is touched.
         int8: best(&|_| unsafe { int8(STEPS) }),
         // SAFETY: as above.
@@ -99,7 +115,8 @@ mod tests {
     fn rates_are_plausible() {
         for level in Level::ALL.into_iter().filter(|l| l.available()) {
             let l = measure(level, 1);
-            assert!([l.read, l.int8, l.float].iter().all(|r| (1e7..1e15).contains(r)), "{level}: {l:?}");
+            let all = [Some(l.read), Some(l.int8), Some(l.float), l.bf16];
+            assert!(all.iter().flatten().all(|r| (1e7..1e15).contains(r)), "{level}: {l:?}");
         }
     }
 }

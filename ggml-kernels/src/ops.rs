@@ -48,7 +48,7 @@ static TABLES: &[Ops] = &[
     #[cfg(target_arch = "x86_64")]
     table!(Avx512: clsa_rope_append_avx512 clsa_attention_avx512 clsa_gather_attention_avx512 clsa_route_avx512 clsa_score_avx512 clsa_topk_avx512),
     #[cfg(all(target_arch = "x86_64", clsa_amx))]
-    table!(Amx: clsa_rope_append_avx512 clsa_attention_avx512 clsa_gather_attention_avx512 clsa_route_avx512 clsa_score_avx512 clsa_topk_avx512),
+    table!(Amx: clsa_rope_append_avx512 clsa_attention_amx clsa_gather_attention_avx512 clsa_route_avx512 clsa_score_avx512 clsa_topk_avx512),
 ];
 
 impl Ops {

@@ -6,6 +6,8 @@ use std::sync::atomic::AtomicBool;
 use clap::{Args, ValueEnum};
 
 use super::{human_bytes, threads_from};
+use ggml_kernels::simd::Level;
+
 use crate::backend::{
     Backend, Routing,
     cuda::Cuda,
@@ -29,7 +31,7 @@ pub struct ModelArgs {
     /// Positions of the context (-c); 0: the model's own, or what fits
     #[arg(short = 'c', long, env = "CLSA_CTX_SIZE", value_name = "N", default_value_t = 0)]
     pub ctx_size: usize,
-    /// Rows of a micro-batch in prompt processing (-ub); 0: 512, on a GPU 4096
+    /// Rows of a micro-batch in prompt processing (-ub); 0: 512, with AMX 2048, on a GPU 4096
     #[arg(long, env = "CLSA_UBATCH_SIZE", value_name = "N", default_value_t = 0)]
     pub ubatch_size: usize,
     /// Threads (-t); 0: one for each core
@@ -160,6 +162,8 @@ impl ModelArgs {
         match (self.ubatch_size, self.device) {
             (0, Device::Cuda) => 4096,
             (0, Device::Auto) if gpu() => 4096,
+            // Weights are unpacked once for each micro-batch: the faster the products, the more rows it wants.
+            (0, _) if Level::chosen() == Ok(Level::Amx) => 2048,
             (0, _) => 512,
             (n, _) => n.clamp(1, 8192),
         }

@@ -1,6 +1,7 @@
 use crate::fixture::*;
 use ggml_kernels::contracts::*;
 use ggml_kernels::ops::{Op, Ops};
+use ggml_kernels::simd::Level;
 use proptest::prelude::{ProptestConfig, proptest};
 
 /// A case: everything that an `attention` call points to.
@@ -89,6 +90,11 @@ impl Case {
     }
 }
 
+/// Whether an op of so many rows rounds to bf16.
+fn tiles(ops: &Ops, n_rows: usize) -> bool {
+    ops.level == Level::Amx && n_rows >= CLSA_AMX_ROWS as usize
+}
+
 fn matches_the_equation(ops: &Ops, seed: u64) {
     let case = Case::new(seed);
     let all = 0..case.batch.n_rows();
@@ -96,7 +102,8 @@ fn matches_the_equation(ops: &Ops, seed: u64) {
     let width = case.heads.0 * case.heads.2;
     for (r, (found, wanted)) in found.chunks(width).zip(case.wanted.chunks(width)).enumerate() {
         let error = relative_error(found, wanted);
-        assert!(error < 2e-5, "{}: row {r} of {}: relative error {error}", ops.level, case.batch.n_rows());
+        let wanted = if tiles(ops, case.batch.n_rows()) { 4e-2 } else { 2e-5 };
+        assert!(error < wanted, "{}: row {r} of {}: relative error {error}", ops.level, case.batch.n_rows());
     }
 }
 
@@ -110,8 +117,10 @@ fn depends_on_no_other_row_nor_thread(ops: &Ops, seed: u64) {
     let width = case.heads.0 * case.heads.2;
     let rng = &mut Rng::new(seed);
     for _ in 0..6 {
-        let start = rng.below(n);
-        let end = start + 1 + rng.below((n - start).min(9));
+        // Few rows, or as many as are rounded alike.
+        let least = if tiles(ops, n) { CLSA_AMX_ROWS as usize } else { 1 };
+        let start = rng.below(n + 1 - least);
+        let end = start + least + rng.below((n + 1 - start - least).min(9));
         let alone = bits(&case.run(ops, 1 + rng.below(4), start..end));
         assert_eq!(alone, all[start * width..end * width], "{}: rows {start}..{end} of {n} alone", ops.level);
     }
@@ -126,6 +135,59 @@ proptest! {
     #[test]
     fn results_depend_on_no_other_row_nor_thread(seed: u64) {
         Ops::all().for_each(|ops| depends_on_no_other_row_nor_thread(ops, seed));
+    }
+}
+
+/// A value that is not finite shows in the rows that attend to its position, and in no other row, whatever rows share the work.
+#[test]
+fn values_out_of_range_are_not_seen() {
+    for seed in 0..60 {
+        let mut case = Case::new(seed);
+        let (n_head, n_kv, d) = case.heads;
+        let (n, width) = (case.batch.n_rows(), n_head * d);
+        let clean: Vec<_> = Ops::all().map(|ops| bits(&case.run(ops, 2, 0..n))).collect();
+        // One bad row of V for each sequence: that of its middle position in the batch.
+        let rng = &mut Rng::new(seed);
+        let rows: Vec<usize> =
+            (0..n).filter(|&r| r + 1 == n || case.batch.slot[r + 1] != case.batch.slot[r]).collect();
+        let mut bad = vec![0; n];
+        let mut first = 0;
+        let mut stored = true;
+        for &last in &rows {
+            let at = usize::midpoint(first, last);
+            let (slot, pos) = (case.batch.slot[at] as usize, case.batch.pos[at] as usize);
+            let values = vec![rng.pick(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY]); n_kv * d];
+            let batch = case.batch.clone();
+            let back = case.v.write(&batch, slot, pos, &values);
+            stored &= back.iter().all(|x| !x.is_finite()); // Q8_0 has no NaN of its own
+            bad[first..=last].fill(pos);
+            first = last + 1;
+        }
+        if !stored {
+            continue;
+        }
+        for (ops, clean) in Ops::all().zip(clean) {
+            let found = case.run(ops, 2, 0..n);
+            for r in 0..n {
+                let t = case.batch.pos[r] as usize;
+                let sees = bad[r] <= t && (case.window == 0 || t < bad[r] + case.window);
+                let row = &found[r * width..(r + 1) * width];
+                if sees {
+                    assert!(
+                        row.iter().all(|x| !x.is_finite()),
+                        "{}, seed {seed}: row {r} hides {row:?}",
+                        ops.level
+                    );
+                } else {
+                    assert_eq!(
+                        bits(row),
+                        clean[r * width..(r + 1) * width],
+                        "{}, seed {seed}: row {r}",
+                        ops.level
+                    );
+                }
+            }
+        }
     }
 }
 
