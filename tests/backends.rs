@@ -4,7 +4,8 @@ mod common;
 
 use std::process::Command;
 
-use clsa::backend::Routing;
+use clsa::backend::ggml::{Ggml, Repack};
+use clsa::backend::{Backend, Routing};
 use clsa::cache::CacheType;
 use clsa::engine::{Engine, Options, Row, SeqId};
 use clsa::model::Model;
@@ -282,6 +283,28 @@ fn an_exported_sequence_lives_on_in_another_engine() {
             }
         }
     }
+}
+
+#[test]
+fn repacked_weights_give_the_same_bits() {
+    let model = synth("clsa-tiny", "Q4_K_M", 3).open();
+    let tokens = Random(3).tokens(100, model.config.vocab);
+    let options = f32_options();
+    let [(rows, plain), (groups, repacked)] = [Repack::Off, Repack::On].map(|repack| {
+        let stop = std::sync::Arc::default();
+        let backend =
+            Ggml::with_repacked(model.clone(), options.cache_spec(), 2, stop, repack).expect("a backend");
+        let held = backend.memory().repacked;
+        let mut engine = Engine::new(model.clone(), Box::new(backend), &options).expect("an engine");
+        let seq = engine.create().expect("a sequence");
+        // Many rows, few, and one.
+        let mut logits = prefill_in_chunks(&mut engine, seq, &tokens[..95], 64);
+        logits.extend(prefill_in_chunks(&mut engine, seq, &tokens[95..99], 4));
+        logits.extend(prefill_in_chunks(&mut engine, seq, &tokens[99..], 1));
+        (held, logits)
+    });
+    assert_eq!(plain, repacked);
+    assert!(groups > rows + 100_000, "{groups} bytes of copies, {rows} without");
 }
 
 #[test]

@@ -4,10 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::{Args, ValueEnum};
-
-use super::{human_bytes, threads_from};
 use ggml_kernels::simd::Level;
 
+use super::{human_bytes, threads_from};
 use crate::backend::{
     Backend, Routing,
     cuda::Cuda,
