@@ -382,7 +382,15 @@ fn attention(
         let mut found = vec![0.0; q.len()];
         fixture::run(ops, &clsa_attention { out: found.as_mut_ptr(), ..p[0] }, 2);
         let error = relative_error(&found[(n_rows - 1) * width..], &wanted);
-        assert!(error < if cache_type == CLSA_F32 { 1e-5 } else { 2e-3 }, "relative error {error}");
+        let bf16 = ops.level == Level::Amx && n_rows >= CLSA_AMX_ROWS as usize;
+        let most = if cache_type == CLSA_F32 {
+            1e-5
+        } else if bf16 {
+            4e-2
+        } else {
+            2e-3
+        };
+        assert!(error < most, "relative error {error}");
     });
 }
 

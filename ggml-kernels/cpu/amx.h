@@ -19,14 +19,21 @@ _Static_assert(sizeof(struct amx_config) == 64, "the operand of ldtilecfg");
 
 #ifndef CLSA_AMX_EMULATED
 
-// Every tile of full size. The whole operand is named, so that it is stored before the instruction reads it.
-ALWAYS_INLINE void amx_start(void) {
+// Every tile of full size; what was configured before goes to `before`. (ggml configures a thread once and for all.)
+// The whole operand is named, so that it is stored before the instruction reads it.
+ALWAYS_INLINE void amx_start(struct amx_config *before) {
+    __asm__ volatile("sttilecfg %0" : "=m"(*before));
     _Alignas(64) struct amx_config config = {.palette = 1};
     for (int t = 0; t < 8; t++)
         config.row_bytes[t] = 64, config.rows[t] = AMX_ROWS;
     __asm__ volatile("ldtilecfg %0" : : "m"(config));
 }
-ALWAYS_INLINE void amx_end(void) { _tile_release(); }
+ALWAYS_INLINE void amx_end(const struct amx_config *before) {
+    if (before->palette)
+        __asm__ volatile("ldtilecfg %0" : : "m"(*before));
+    else
+        _tile_release();
+}
 // t, a, b, c: numbers of registers, constants.
 #define amx_zero(t) _tile_zero(t)
 #define amx_load(t, from, stride) _tile_loadd(t, from, stride)
@@ -45,8 +52,12 @@ ALWAYS_INLINE uint8_t (*amx_tile(int t))[64] {
         __builtin_trap();
     return amx_tiles[t];
 }
-ALWAYS_INLINE void amx_start(void) { amx_started = 1; }
-ALWAYS_INLINE void amx_end(void) {
+ALWAYS_INLINE void amx_start(struct amx_config *before) {
+    *before = (struct amx_config){0};
+    amx_started = 1;
+}
+ALWAYS_INLINE void amx_end(const struct amx_config *before) {
+    (void)before;
     memset(amx_tiles, 0xff, sizeof amx_tiles); // NaN, for whoever reads them later
     amx_started = 0;
 }

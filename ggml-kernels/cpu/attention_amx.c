@@ -237,8 +237,9 @@ void clsa_attention_amx(const struct clsa_attention *p, int ith, int nth, void *
     }
     struct attend a = {p->batch, p->n_head, p->n_kv, p->d, p->window, p->scale, p->q,
                        p->out,   p->k,      p->v,    NULL, NULL,      0};
-    amx_start();
+    struct amx_config before;
+    amx_start(&before);
     attend_blocks(&a, work_of(&a, ith, scratch), scratch, nth, attend_tiles, 1);
     team_leave(scratch, nth);
-    amx_end();
+    amx_end(&before);
 }

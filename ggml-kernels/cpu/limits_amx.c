@@ -7,25 +7,27 @@
 #define INT8_TILE (2 * 16 * 16 * 64)
 
 double clsa_limit_int8_amx(int64_t steps) {
-    amx_start();
+    struct amx_config before;
+    amx_start(&before);
     for (int64_t i = 0; i < steps; i++) {
         amx_dot_int8(0, 4, 6);
         amx_dot_int8(1, 4, 7);
         amx_dot_int8(2, 5, 6);
         amx_dot_int8(3, 5, 7);
     }
-    amx_end();
+    amx_end(&before);
     return (double)steps * 4 * INT8_TILE;
 }
 
 double clsa_limit_bf16_amx(int64_t steps) {
-    amx_start();
+    struct amx_config before;
+    amx_start(&before);
     for (int64_t i = 0; i < steps; i++) {
         amx_dot_bf16(0, 4, 6);
         amx_dot_bf16(1, 4, 7);
         amx_dot_bf16(2, 5, 6);
         amx_dot_bf16(3, 5, 7);
     }
-    amx_end();
+    amx_end(&before);
     return (double)steps * 4 * (INT8_TILE / 2);
 }

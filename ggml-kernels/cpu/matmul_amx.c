@@ -214,13 +214,14 @@ void clsa_matmul_amx(const struct clsa_matmul *p, int ith, int nth, void *scratc
     const int swiglu_pair = p->epilogue == CLSA_EPILOGUE_SWIGLU;
     const int64_t n = mm_groups(p);
     int from = (int)(n * ith / nth), to = (int)(n * (ith + 1) / nth);
-    amx_start();
+    struct amx_config before;
+    amx_start(&before);
     for (int m = 0; m < (swiglu_pair ? 1 : p->n_mat); m++) {
         const int mine = (p->mat[m].n_out + GROUP - 1) / GROUP;
         if (from < mine && to > 0)
             groups(p, p->mat + m, swiglu_pair ? 2 : 1, MAX(from, 0), MIN(to, mine), &scratch);
         from -= mine, to -= mine;
     }
-    amx_end();
+    amx_end(&before);
     leave_part(scratch_, part);
 }
