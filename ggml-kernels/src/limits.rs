@@ -33,9 +33,7 @@ fn kernels(level: Level) -> (Rate, Rate, Read) {
             (clsa_limit_int8_avx512vnni, clsa_limit_f32_avx512vnni, clsa_limit_read_avx512vnni)
         }
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 | Level::Avx512 | Level::Amx => {
-            (clsa_limit_int8_avx2, clsa_limit_f32_avx2, clsa_limit_read_avx2)
-        }
+        Level::Avx2 | Level::Avx512 => (clsa_limit_int8_avx2, clsa_limit_f32_avx2, clsa_limit_read_avx2),
         _ => (clsa_limit_int8_ref, clsa_limit_f32_ref, clsa_limit_read_ref),
     }
 }

@@ -141,7 +141,7 @@ proptest! {
 /// A value that is not finite shows in the rows that attend to its position, and in no other row, whatever rows share the work.
 #[test]
 fn values_out_of_range_are_not_seen() {
-    for seed in 0..60 {
+    for seed in 0..32 {
         let mut case = Case::new(seed);
         let (n_head, n_kv, d) = case.heads;
         let (n, width) = (case.batch.n_rows(), n_head * d);
