@@ -119,9 +119,9 @@ fn killed(n: usize, kills: u32) {
     let (mut random, mut killed) = (1u64, 0);
     for _ in 0..kills {
         let mut child = spawn(&output);
-        // Knuth's multiplier: anything up to the share of a run, after most of the time that a start takes, which shrinks as jobs end.
+        // Knuth's multiplier: anything between nothing and twice the share of a run, after the time that a start takes.
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        std::thread::sleep(first / 2 + share * (random >> 56) as u32 / 256);
+        std::thread::sleep(first * 3 / 4 + share * (random >> 56) as u32 / 128);
         if child.try_wait().expect("a status").is_some() {
             break;
         }
