@@ -136,6 +136,7 @@ impl ModelArgs {
             routing: vec![],
             top_k_tokens: None,
             device: Device::Cpu,
+            repack: Repack::Off,
             verbose: false,
         }
     }
