@@ -53,9 +53,10 @@ pub fn measure(engine: &mut Engine, sequences: usize, depth: usize) -> Result<Ra
     }
     // One past for all, so that it costs one sequence's memory.
     let steps = PAGE.min(engine.context() / 2).max(1);
-    // Each sequence copies its last page when it grows, and takes one more at most.
-    let pages = engine.free_pages().saturating_sub(2 * sequences) * PAGE;
-    let depth = depth.min(engine.context() - steps).min(pages).max(1);
+    // Each sequence copies its last page when it grows, and takes one more at most; where not all can, none leaves its first page.
+    let past = engine.free_pages().saturating_sub(2 * sequences) * PAGE;
+    let steps = if past == 0 { steps.min(PAGE - 1) } else { steps };
+    let depth = depth.min(engine.context() - steps).min(past).max(1);
     let first = engine.create()?;
     engine.fill_random(first, depth, 1)?;
     let mut all = vec![first];
