@@ -27,7 +27,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 CLSA := $(TARGET)/release/clsa
 PYTHON := .venv/bin/python
 
-.PHONY: quality build chat test test-slow golden lint bench-smoke bench-gpu format install python cuda-toolkit build-deps help
+.PHONY: quality build chat test test-slow golden lint bench-smoke bench-gpu kernels format install python cuda-toolkit build-deps help
 
 ## Build the release binary; installs missing build tools (cmake, clang, libclang) through apt
 build: build-deps
@@ -79,6 +79,12 @@ lint: build-deps
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets $(CARGO_FLAGS) -- -D warnings
 	tools/format-c --check
+
+## Compile every GPU kernel for the oldest target and for Hopper (CLSA_CUDA_ARCHS for others); runs on no GPU
+kernels: build-deps
+	@[ -x "$${CUDA_HOME:-/nonexistent}/bin/nvcc" ] || command -v nvcc > /dev/null || compgen -G '.venv-cuda/lib/*/site-packages/nvidia/cu13/bin/nvcc' > /dev/null || \
+	    { echo "no nvcc was found: set CUDA_HOME or run make cuda-toolkit" >&2; exit 1; }
+	CLSA_CUDA_ARCHS="$${CLSA_CUDA_ARCHS:-80 90a}" $(CARGO) build --release -p ggml-kernels $(CARGO_FLAGS)
 
 ## Run the benchmarks on tiny models: fails when a result is wrong, not when it is slow; then count the C kernels' instructions
 bench-smoke: build

@@ -1,4 +1,6 @@
 //! The caches: windows, and the ONE shared memory cut into pages that sequences hold by reference.
+use std::ops::Range;
+
 use ggml_kernels::quant;
 
 use crate::config::Config;
@@ -120,6 +122,13 @@ pub enum PoolKind {
 /// each layer.
 #[must_use]
 pub fn pools(config: &Config, spec: &CacheSpec) -> Vec<Pool> {
+    pools_of(config, spec, &(0..config.n_layer))
+}
+
+/// Those of them that a backend with these layers holds. Shared K and V lie wherever there are cross layers, index keys with the
+/// first one.
+#[must_use]
+pub fn pools_of(config: &Config, spec: &CacheSpec, layers: &Range<usize>) -> Vec<Pool> {
     let kv = |layer, width| {
         [
             Pool { layer, kind: PoolKind::K, width, cache_type: spec.k },
@@ -127,14 +136,17 @@ pub fn pools(config: &Config, spec: &CacheSpec) -> Vec<Pool> {
         ]
     };
     if config.is_yoco() {
+        if layers.end <= config.n_self {
+            return vec![];
+        }
         let mut pools = kv(None, config.cross_heads.kv_width()).to_vec();
-        if let Some(indexer) = config.indexer {
+        if let Some(indexer) = config.indexer.filter(|_| layers.contains(&config.n_self)) {
             let width = indexer.head_dim;
             pools.push(Pool { layer: None, kind: PoolKind::Index, width, cache_type: spec.index });
         }
         pools
     } else {
-        (0..config.n_layer).flat_map(|i| kv(Some(i), config.self_heads.kv_width())).collect()
+        layers.clone().flat_map(|i| kv(Some(i), config.self_heads.kv_width())).collect()
     }
 }
 

@@ -9,7 +9,8 @@ use crate::backend::{Backend, Batch, Queries, Routing};
 use crate::cache::{CacheSpec, CacheType, PAGE, PagePool, PageTables, PoolKind, RandomRows, pools, ring_len};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::model::{Model, forward};
+use crate::model::{Model, forward, record};
+use crate::sampler::Draw;
 
 /// A live sequence of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -310,6 +311,39 @@ impl Engine {
     /// [`Error::ContextFull`], [`Error::Memory`] when the pages run out, [`Error::Input`] for a token outside the vocabulary,
     /// [`Error::Interrupted`]; the sequences are then as they were.
     pub fn run(&mut self, rows: &[Row]) -> Result<&[f32]> {
+        let grown = self.begin(rows)?;
+        let (routing, top_k) = (self.routing, self.top_k);
+        let result =
+            forward(&mut *self.backend, &self.model.config, &self.batch, &self.tables, routing, top_k);
+        if self.interrupt.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        let logits = result?;
+        grow(&mut self.sequences, &grown);
+        Ok(logits)
+    }
+
+    /// The same, and draws a token for each output row; the logits do not come to the host where the backend can draw itself.
+    ///
+    /// # Errors
+    /// As [`Self::run`], and [`Error::Sampler`] for logits from which no token can be taken.
+    pub fn run_drawn(&mut self, rows: &[Row], draws: &[Draw]) -> Result<Vec<u32>> {
+        let grown = self.begin(rows)?;
+        assert_eq!(draws.len(), self.batch.outputs.len(), "a draw for each output row");
+        let (routing, top_k) = (self.routing, self.top_k);
+        let result =
+            record(&mut *self.backend, &self.model.config, &self.batch, &self.tables, routing, top_k)
+                .and_then(|()| self.backend.finish_drawn(draws));
+        if self.interrupt.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        let tokens = result?;
+        grow(&mut self.sequences, &grown);
+        Ok(tokens)
+    }
+
+    /// Makes `rows` the batch in hand and room for them; returns the sequences with the lengths they will have.
+    fn begin(&mut self, rows: &[Row]) -> Result<Vec<(SeqId, usize)>> {
         assert!(
             rows.len() <= self.spec.max_rows,
             "a micro-batch of {} rows, at most {}",
@@ -346,20 +380,7 @@ impl Engine {
         for &(seq, len) in &grown {
             self.reserve(seq, len)?;
         }
-        let (routing, top_k) = (self.routing, self.top_k);
-        let result =
-            forward(&mut *self.backend, &self.model.config, &self.batch, &self.tables, routing, top_k);
-        if self.interrupt.load(Ordering::Relaxed) {
-            return Err(Error::Interrupted);
-        }
-        let logits = result?;
-        for (seq, len) in grown {
-            if let Some(s) = &mut self.sequences[seq.0 as usize] {
-                s.len = len;
-                s.high = s.high.max(len);
-            }
-        }
-        Ok(logits)
+        Ok(grown)
     }
 
     /// Positions selected for output row `output` of the last batch, ascending; empty when nothing was routed.
@@ -655,6 +676,16 @@ impl Engine {
 
     fn sequence_mut(&mut self, seq: SeqId) -> &mut Sequence {
         self.sequences[seq.0 as usize].as_mut().expect("a live sequence")
+    }
+}
+
+/// Sequences whose rows have been appended.
+fn grow(sequences: &mut [Option<Sequence>], grown: &[(SeqId, usize)]) {
+    for &(seq, len) in grown {
+        if let Some(s) = &mut sequences[seq.0 as usize] {
+            s.len = len;
+            s.high = s.high.max(len);
+        }
     }
 }
 

@@ -54,6 +54,14 @@ pub enum Error {
         /// What to change.
         remedy: String,
     },
+    /// A model that does not fit on the devices where it was wanted. Exit code 1.
+    #[error("the model does not fit:\n{table}{remedy}")]
+    Placement {
+        /// What each device needs and has free.
+        table: String,
+        /// What to change.
+        remedy: String,
+    },
     /// A device or library failed while running. Exit code 1.
     #[error("{0}")]
     Runtime(String),
@@ -78,7 +86,7 @@ impl Error {
             Self::Convert(e) => e.exit_code(),
             Self::Template(e) => e.exit_code(),
             Self::Sampler(e) => e.exit_code(),
-            Self::Io { .. } | Self::Memory { .. } | Self::Runtime(_) => 1,
+            Self::Io { .. } | Self::Memory { .. } | Self::Placement { .. } | Self::Runtime(_) => 1,
             Self::Interrupted => 130,
         }
     }

@@ -135,12 +135,17 @@ pub fn generate(
         answer.text.push_str(text);
         if text.is_empty() { ControlFlow::Continue(()) } else { listener.text(text) }
     };
+    // The next token, where the backend has drawn it.
+    let mut drawn = None;
     answer.finish_reason = loop {
         if limits.max_tokens.is_some_and(|n| answer.tokens.len() >= n) {
             break FinishReason::Length;
         }
         listener.step(session)?;
-        let token = sampler.sample(session.logits())?;
+        let token = match drawn.take() {
+            Some(token) => token,
+            None => sampler.sample(session.logits())?,
+        };
         if tokenizer.is_stop(token) && !limits.ignore_eos {
             break FinishReason::Stop;
         }
@@ -155,7 +160,14 @@ pub fn generate(
         }
         // The last token asked for needs no successor.
         if limits.max_tokens.is_none_or(|n| answer.tokens.len() < n) {
-            match session.push(token) {
+            let pushed = match sampler.plan() {
+                Some(draw) => session.push_drawn(token, draw).map(|next| {
+                    sampler.drawn();
+                    drawn = Some(next);
+                }),
+                None => session.push(token),
+            };
+            match pushed {
                 Ok(()) => {}
                 Err(Error::ContextFull { .. }) => break FinishReason::ContextFull,
                 Err(Error::Interrupted) => break FinishReason::Interrupted,

@@ -292,8 +292,9 @@ fn repacked_weights_give_the_same_bits() {
     let options = f32_options();
     let [(rows, plain), (groups, repacked)] = [Repack::Off, Repack::On].map(|repack| {
         let stop = std::sync::Arc::default();
+        let layers = 0..model.config.n_layer;
         let backend =
-            Ggml::with_repacked(model.clone(), options.cache_spec(), 2, stop, repack).expect("a backend");
+            Ggml::part(model.clone(), options.cache_spec(), 2, stop, layers, repack).expect("a backend");
         let held = backend.memory().repacked;
         let mut engine = Engine::new(model.clone(), Box::new(backend), &options).expect("an engine");
         let seq = engine.create().expect("a sequence");

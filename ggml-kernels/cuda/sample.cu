@@ -71,18 +71,18 @@ __device__ __forceinline__ void sort(uint64_t *list, int n) {
     __syncthreads();
 }
 
-// Everything that may be kept is in bins from `pivot.bin` on, and few enough to be sorted.
+// Everything that may be kept is among the `total` tokens from `floor` on, few enough to be sorted.
 __device__ __forceinline__ uint32_t draw_few(SampleShared &s, const float *logits, int n_vocab,
-                                             const clsa_sample_row &row, float top, uint32_t first_bin, int total,
-                                             int kept, double at) {
+                                             const clsa_sample_row &row, float top, uint64_t floor, int total, int kept,
+                                             double at) {
     __syncthreads();
     if (threadIdx.x == 0)
         s.n = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < n_vocab; i += THREADS) {
-        const uint32_t key = ordered(logits[i]);
-        if (key >> BIN_SHIFT >= first_bin && key > LEAST)
-            s.list[atomicAdd(&s.n, 1u)] = composite(logits[i], i);
+        const uint64_t c = composite(logits[i], i);
+        if (c >= floor && (uint32_t)(c >> 32) > LEAST)
+            s.list[atomicAdd(&s.n, 1u)] = c;
     }
     __syncthreads();
     int size = 2;
@@ -112,9 +112,9 @@ __device__ __forceinline__ uint32_t draw_few(SampleShared &s, const float *logit
     }
     __syncthreads();
     if (row.min_p > 0) {
-        const float floor = top + logf(row.min_p);
+        const float least = top + logf(row.min_p);
         for (int i = 0; i < 2; ++i) {
-            if (mine[i] > 0 && mine[i] < kept && logit[i] < floor)
+            if (mine[i] > 0 && mine[i] < kept && logit[i] < least)
                 atomicMin(&s.cut, (uint32_t)mine[i]);
         }
         __syncthreads();
@@ -287,8 +287,15 @@ __device__ __forceinline__ void sample_body(const clsa_sample_cuda &p) {
         const uint32_t kept = params.top_k > 0 ? min((uint32_t)params.top_k, allowed) : allowed;
         const Pivot pivot = find_pivot(counts, BINS, kept, s.sums, &s.pivot);
         const uint32_t few = pivot.above + pivot.inside;
-        token = few <= SMALL ? draw_few(s, logits, p.n_vocab, params, top, pivot.bin, few, kept, at)
-                             : draw_many(s, logits, p.n_vocab, params, top, allowed, kept, at);
+        if (few <= SMALL) {
+            token = draw_few(s, logits, p.n_vocab, params, top, (uint64_t)pivot.bin << (32 + BIN_SHIFT), few, kept, at);
+        } else if (kept <= SMALL) {
+            // The bin of the last one kept is crowded.
+            const uint64_t floor = threshold(s, logits, p.n_vocab, top, false, kept, (uint64_t)(LEAST + 1) << 32);
+            token = draw_few(s, logits, p.n_vocab, params, top, floor, kept, kept, at);
+        } else {
+            token = draw_many(s, logits, p.n_vocab, params, top, allowed, kept, at);
+        }
     }
     if (threadIdx.x == 0) {
         p.tokens[row] = broken || nothing ? UINT32_MAX : token;

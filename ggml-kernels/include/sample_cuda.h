@@ -3,7 +3,8 @@
 //   temperature 0: the token with the largest logit; of equal ones the lowest id
 //   else, in this order: the top_k best (logit descending, id ascending; 0: all); of these the best until their
 //   probabilities (softmax at temperature 1) sum to top_p; of these the ones with at least min_p times the best one's
-//   probability; then one by softmax(logit / temperature)
+//   probability; then one by softmax(logit / temperature): the one that holds the random number when the probabilities
+//   are laid end to end, best first where top_k keeps at most 2048, by id where it keeps all of more than 2048
 //
 // A logit of -inf is a token that may not come. A row with a NaN or +inf, or with nothing but -inf, gives no token but
 // a status. The random number in [0, 1) of a row is `at`, or when that is negative Philox4x32-10 (Salmon et al., 2011)

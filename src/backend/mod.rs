@@ -3,15 +3,21 @@
 //! A backend owns the weights and caches on its device and the residual stream `x` of the batch in hand. The forward pass
 //! ([`crate::model::forward`]) calls the verbs in the order of the equations; a backend may run each at once, or record them and
 //! run everything in [`Backend::finish`].
+mod caches;
 pub mod cuda;
 pub mod ggml;
+pub mod open;
 pub mod probe;
 pub mod reference;
+pub mod split;
+
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
 use crate::cache::PageTables;
 use crate::error::{Error, Result};
+use crate::sampler::Draw;
 
 /// How cross-decoder layers choose the positions they attend to (model.md section 2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -61,6 +67,14 @@ pub struct Memory {
     pub cache: u64,
     /// Everything that a step needs besides.
     pub scratch: u64,
+}
+
+impl Memory {
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.weights + self.repacked + self.cache + self.scratch
+    }
 }
 
 /// A stage of a step or prompt, for [`Backend::timings`].
@@ -185,6 +199,15 @@ pub trait Backend: Send {
     /// Runs what was recorded; returns the logits of the output rows, `[outputs.len()][vocab]`.
     fn finish(&mut self) -> Result<&[f32]>;
 
+    /// Runs what was recorded and draws a token for each output row, one of `draws` each. A device that can do so leaves the logits where
+    /// they are.
+    fn finish_drawn(&mut self, draws: &[Draw]) -> Result<Vec<u32>> {
+        let logits = self.finish()?;
+        let vocab = logits.len() / draws.len().max(1);
+        let rows = logits.chunks(vocab.max(1)).zip(draws);
+        Ok(rows.map(|(row, draw)| draw.take(row)).collect::<Result<_, _>>()?)
+    }
+
     /// Starts or stops the clock on the stages of a step.
     ///
     /// # Errors
@@ -233,4 +256,25 @@ pub trait Backend: Send {
 
 fn no_queries(device: &str) -> Error {
     Error::Input(format!("{device} does not hand out the queries of attention: use --device cpu"))
+}
+
+/// A backend that may hold some layers of a model only, and works with others on the rest ([`split::Split`]).
+///
+/// The embedding lies with the first layer, the shared memory's projections and the indexer with the first cross layer, the output
+/// matrix with the last layer; K and V of the shared memory lie wherever there are cross layers.
+pub trait Part: Backend {
+    /// The layers held here.
+    fn layers(&self) -> Range<usize>;
+    /// Stands in the place of [`Backend::embed`]: x comes from the part before, every row of the batch or, where `kept`, its output
+    /// rows, `[rows][hidden]`. Comes after [`Backend::begin`] for every batch, also where a recording serves.
+    fn receive(&mut self, x: &[f32], kept: bool) -> Result<()>;
+    /// Stands in the place of [`Backend::route`]: the positions selected for each output row, ascending. After every
+    /// [`Self::receive`] where something was routed.
+    fn receive_selection(&mut self, selected: &[Vec<u32>]) -> Result<()>;
+    /// Runs what was recorded and returns x for the part after, `[rows in hand][hidden]`.
+    fn hand_over(&mut self) -> Result<&[f32]>;
+    /// Appends the K, then the V that the batch's rows have in the shared memory, as they are stored.
+    fn read_rows(&mut self, batch: &Batch, tables: &PageTables, out: &mut Vec<u8>) -> Result<()>;
+    /// The reverse of [`Self::read_rows`]. Comes before [`Backend::begin`].
+    fn write_rows(&mut self, batch: &Batch, tables: &PageTables, bytes: &[u8]) -> Result<()>;
 }

@@ -1,11 +1,12 @@
 //! The oracle: plain f32, one row after another, written from the equations of model.md alone. Never optimised.
+use std::ops::Range;
 use std::sync::Arc;
 
 use ggml_kernels::quant;
 
 use super::probe::Probe;
-use super::{Backend, Batch, Memory, Queries, Record, Routing};
-use crate::cache::{CacheSpec, CacheType, PAGE, PageTables, pools};
+use super::{Backend, Batch, Memory, Part, Queries, Record, Routing};
+use crate::cache::{CacheSpec, CacheType, PAGE, PageTables, Pool, pools_of};
 use crate::config::{Heads, Rope};
 use crate::error::{Error, Result};
 use crate::model::{Model, Weight};
@@ -16,7 +17,9 @@ type Rows = Vec<Vec<f32>>;
 /// Evaluates the model in f32, whatever the weights are stored as.
 pub struct Reference {
     model: Model,
-    spec: CacheSpec,
+    layers: Range<usize>,
+    /// What each of `pools` holds.
+    shapes: Vec<Pool>,
     /// `[pool][page * PAGE + position in page][width]`
     pools: Vec<Vec<f32>>,
     /// `[self layer][slot]` of K and V by position, YOCO only.
@@ -35,18 +38,32 @@ pub struct Reference {
     queries: Option<Vec<Vec<f32>>>,
     logits: Vec<f32>,
     probe: Option<Arc<Probe>>,
+    handed: Vec<f32>,
 }
 
 impl Reference {
     /// Caches are f32 here; any other type in `spec` is refused, because the oracle does not round.
     pub fn new(model: Model, spec: CacheSpec) -> Result<Self> {
+        let layers = 0..model.config.n_layer;
+        Self::part(model, spec, layers)
+    }
+
+    /// Some layers only.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn part(model: Model, spec: CacheSpec, layers: Range<usize>) -> Result<Self> {
         if [spec.k, spec.v, spec.index].iter().any(|t| *t != CacheType::F32) {
             return Err(Error::Input("the reference backend keeps f32 caches: use -ctk f32 -ctv f32".into()));
         }
         let c = &model.config;
-        let pools = pools(c, &spec).iter().map(|p| vec![0.0; spec.n_pages * PAGE * p.width]).collect();
-        let windows = if c.is_yoco() { vec![vec![(vec![], vec![]); spec.n_slots]; c.n_self] } else { vec![] };
+        let shapes = pools_of(c, &spec, &layers);
+        let pools = shapes.iter().map(|p| vec![0.0; spec.n_pages * PAGE * p.width]).collect();
+        let own = (layers.start..layers.end.min(c.n_self)).len();
+        let windows = if c.is_yoco() { vec![vec![(vec![], vec![]); spec.n_slots]; own] } else { vec![] };
         Ok(Self {
+            layers,
+            shapes,
             pools,
             windows,
             batch: Batch::default(),
@@ -60,8 +77,8 @@ impl Reference {
             queries: None,
             logits: vec![],
             probe: None,
+            handed: vec![],
             model,
-            spec,
         })
     }
 
@@ -141,7 +158,7 @@ impl Reference {
     }
 
     fn window_of(&self, layer: usize, r: usize) -> &(Rows, Rows) {
-        &self.windows[layer][self.batch.slot[r] as usize]
+        &self.windows[layer - self.layers.start][self.batch.slot[r] as usize]
     }
 }
 
@@ -152,7 +169,7 @@ impl Backend for Reference {
 
     fn memory(&self) -> Memory {
         let cache = self.pools.iter().map(|p| p.len() as u64 * 4).sum();
-        let weights = self.model.weights.all().map(|w| w.bytes as u64).sum();
+        let weights = self.model.weights.of(self.layers.clone()).map(|w| w.bytes as u64).sum();
         Memory { weights, cache, ..Memory::default() }
     }
 
@@ -194,6 +211,8 @@ impl Backend for Reference {
         let (c, weights) = (self.model.config.clone(), self.model.weights.clone());
         let layer = &weights.layers[i];
         let heads = c.self_heads;
+        // A Transformer's own pools of this layer.
+        let own = 2 * (i - self.layers.start);
         let a = self.normed(&layer.attn_norm);
         let (wk, wv) = layer.kv.as_ref().expect("the loader gives self layers k and v");
         let (mut q, mut k, v) = (self.linear(&layer.q, &a), self.linear(wk, &a), self.linear(wv, &a));
@@ -206,13 +225,13 @@ impl Backend for Reference {
             self.rope(&mut k[r], heads.head_dim, &c.rope, weights.rope_freqs.as_ref(), r);
             if c.is_yoco() {
                 let (slot, pos) = (self.batch.slot[r] as usize, self.batch.pos[r] as usize);
-                let (ks, vs) = &mut self.windows[i][slot];
+                let (ks, vs) = &mut self.windows[i - self.layers.start][slot];
                 ks.resize(ks.len().max(pos + 1), vec![]);
                 vs.resize(vs.len().max(pos + 1), vec![]);
                 (ks[pos], vs[pos]) = (k[r].clone(), v[r].clone());
             } else {
-                self.store(2 * i, r, &k[r]);
-                self.store(2 * i + 1, r, &v[r]);
+                self.store(own, r, &k[r]);
+                self.store(own + 1, r, &v[r]);
             }
         }
         let o: Vec<_> = (0..self.rows.len())
@@ -223,14 +242,14 @@ impl Backend for Reference {
                     if c.is_yoco() {
                         self.window_of(i, r).0[s].as_slice()
                     } else {
-                        self.pool_row(2 * i, r, s, heads.kv_width())
+                        self.pool_row(own, r, s, heads.kv_width())
                     }
                 };
                 let value = |s: usize| {
                     if c.is_yoco() {
                         self.window_of(i, r).1[s].as_slice()
                     } else {
-                        self.pool_row(2 * i + 1, r, s, heads.kv_width())
+                        self.pool_row(own + 1, r, s, heads.kv_width())
                     }
                 };
                 attend(&q[r], heads, first..=t, key, value)
@@ -348,13 +367,15 @@ impl Backend for Reference {
         let Some(layers) = self.queries.clone().filter(|layers| !layers.is_empty()) else {
             return Ok(Queries::default());
         };
-        let indexed = self.rows.iter().filter(|_| self.model.config.indexer.is_some());
+        // The indexer lies with the first cross layer.
+        let indexer = self.model.config.indexer.is_some() && self.layers.contains(&self.model.config.n_self);
+        let indexed = self.rows.iter().filter(|_| indexer);
         let index = indexed.flat_map(|&r| self.index_queries[r].clone()).collect();
         Ok(Queries { layers, index })
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {
-        for (pool, shape) in self.pools.iter_mut().zip(pools(&self.model.config, &self.spec)) {
+        for (pool, shape) in self.pools.iter_mut().zip(&self.shapes) {
             let page = PAGE * shape.width;
             pool.copy_within(from as usize * page..(from as usize + 1) * page, to as usize * page);
         }
@@ -362,7 +383,7 @@ impl Backend for Reference {
     }
 
     fn read_page(&mut self, page: u32, rows: usize, out: &mut Vec<u8>) -> Result<()> {
-        for (pool, shape) in self.pools.iter().zip(pools(&self.model.config, &self.spec)) {
+        for (pool, shape) in self.pools.iter().zip(&self.shapes) {
             let start = page as usize * PAGE * shape.width;
             push_floats(out, &pool[start..start + rows * shape.width]);
         }
@@ -371,7 +392,7 @@ impl Backend for Reference {
 
     fn write_page(&mut self, page: u32, rows: usize, bytes: &[u8]) -> Result<()> {
         let mut values = floats(bytes);
-        for (pool, shape) in self.pools.iter_mut().zip(pools(&self.model.config, &self.spec)) {
+        for (pool, shape) in self.pools.iter_mut().zip(&self.shapes) {
             let start = page as usize * PAGE * shape.width;
             pool[start..start + rows * shape.width].iter_mut().zip(&mut values).for_each(|(to, v)| *to = v);
         }
@@ -401,6 +422,52 @@ impl Backend for Reference {
                 rows.clear();
                 rows.resize(first, vec![]);
                 rows.extend((first..len).map(|_| values.by_ref().take(width).collect::<Vec<_>>()));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Part for Reference {
+    fn layers(&self) -> Range<usize> {
+        self.layers.clone()
+    }
+
+    fn receive(&mut self, x: &[f32], kept: bool) -> Result<()> {
+        if kept {
+            self.rows = self.batch.outputs.iter().map(|&r| r as usize).collect();
+        }
+        self.x = x.chunks(self.model.config.hidden).map(<[f32]>::to_vec).collect();
+        Ok(())
+    }
+
+    fn receive_selection(&mut self, selected: &[Vec<u32>]) -> Result<()> {
+        self.selections = selected.to_vec();
+        Ok(())
+    }
+
+    fn hand_over(&mut self) -> Result<&[f32]> {
+        self.handed = self.x.concat();
+        Ok(&self.handed)
+    }
+
+    fn read_rows(&mut self, batch: &Batch, tables: &PageTables, out: &mut Vec<u8>) -> Result<()> {
+        (self.batch, self.tables) = (batch.clone(), tables.clone());
+        for pool in 0..2 {
+            for (r, &pos) in batch.pos.iter().enumerate() {
+                push_floats(out, self.pool_row(pool, r, pos as usize, self.shapes[pool].width));
+            }
+        }
+        Ok(())
+    }
+
+    fn write_rows(&mut self, batch: &Batch, tables: &PageTables, bytes: &[u8]) -> Result<()> {
+        (self.batch, self.tables) = (batch.clone(), tables.clone());
+        let mut values = floats(bytes);
+        for pool in 0..2 {
+            for r in 0..batch.pos.len() {
+                let row: Vec<f32> = values.by_ref().take(self.shapes[pool].width).collect();
+                self.store(pool, r, &row);
             }
         }
         Ok(())

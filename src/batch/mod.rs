@@ -20,7 +20,7 @@ use self::job::{Ask, Job};
 use self::results::Outcome;
 use crate::error::{Error, Result};
 use crate::generate::{FinishReason, Timings};
-use crate::sampler::{Constraint, Sampler, StopMatcher};
+use crate::sampler::{Constraint, Draw, Sampler, StopMatcher};
 use crate::template::{ChatTemplate, Message, RenderOptions};
 use crate::tokenizer::{StreamDecoder, Tokenizer};
 
@@ -165,13 +165,35 @@ impl Answering {
     /// # Errors
     /// Those of the sampler.
     pub fn next(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<Next> {
-        self.first.get_or_insert_with(Instant::now);
         if self.max_tokens == 0 {
-            return Ok(Next::Done(FinishReason::Length));
+            return self.take(0, tokenizer);
         }
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         let token = self.sampler.sample(&mut self.logits)?;
+        self.take(token, tokenizer)
+    }
+
+    /// How the next token is drawn, where the backend can do it.
+    #[must_use]
+    pub fn plan(&self) -> Option<Draw> {
+        self.sampler.plan()
+    }
+
+    /// Takes the token that was drawn by [`Self::plan`].
+    ///
+    /// # Errors
+    /// Those of the sampler.
+    pub fn drawn(&mut self, token: u32, tokenizer: &Tokenizer) -> Result<Next> {
+        self.sampler.drawn();
+        self.take(token, tokenizer)
+    }
+
+    fn take(&mut self, token: u32, tokenizer: &Tokenizer) -> Result<Next> {
+        self.first.get_or_insert_with(Instant::now);
+        if self.max_tokens == 0 {
+            return Ok(Next::Done(FinishReason::Length));
+        }
         if tokenizer.is_stop(token) {
             return Ok(Next::Done(FinishReason::Stop));
         }

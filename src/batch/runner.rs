@@ -36,6 +36,14 @@ struct Sequence {
     reserved: usize,
 }
 
+/// What an answer goes on with.
+enum Given<'a> {
+    /// A token that was drawn where the model runs.
+    Token(u32),
+    /// Logits to choose by.
+    Logits(&'a [f32]),
+}
+
 enum Kind {
     Prefix(usize),
     Job(usize, Box<Answering>),
@@ -453,7 +461,8 @@ impl<'a> Runner<'a> {
             grown.push((i, n));
         }
         let vocab = self.engine.model().config.vocab;
-        let logits = self.engine.run(&batch)?;
+        let drawn = self.draw(&batch, &outputs)?;
+        let logits = if drawn.is_none() { self.engine.run(&batch)? } else { &[] };
         for &(i, n) in &grown {
             self.active[i].at += n;
         }
@@ -464,13 +473,20 @@ impl<'a> Runner<'a> {
             if outputs.get(next) == Some(&i)
                 && let Kind::Job(_, answering) = &mut s.kind
             {
-                work.push((i, answering, &logits[next * vocab..(next + 1) * vocab]));
+                let given = match &drawn {
+                    Some(tokens) => Given::Token(tokens[next]),
+                    None => Given::Logits(&logits[next * vocab..(next + 1) * vocab]),
+                };
+                work.push((i, answering, given));
                 next += 1;
             }
         }
-        let sample = |(i, answering, logits): (usize, &mut Box<Answering>, &[f32])| {
+        let sample = |(i, answering, given): (usize, &mut Box<Answering>, Given<'_>)| {
             let before = answering.generated();
-            let next = answering.next(logits, tokenizer);
+            let next = match given {
+                Given::Token(token) => answering.drawn(token, tokenizer),
+                Given::Logits(logits) => answering.next(logits, tokenizer),
+            };
             (i, next, answering.generated() - before)
         };
         let said: Vec<_> = if work.len() * vocab < PARALLEL_SAMPLING {
@@ -490,6 +506,21 @@ impl<'a> Runner<'a> {
         }
         self.progress.step(grown.iter().map(|(_, n)| n).sum(), generated, started.elapsed());
         self.settle(ended)
+    }
+
+    /// Runs the micro-batch with the tokens of all its answers drawn where the model runs; `None` when a job's sampling wants the logits, or
+    /// when a job's logits are broken, which concerns that job alone.
+    fn draw(&mut self, batch: &[Row], outputs: &[usize]) -> Result<Option<Vec<u32>>> {
+        let plan = |&i: &usize| match &self.active[i].kind {
+            Kind::Job(_, answering) => answering.plan(),
+            Kind::Prefix(_) => None,
+        };
+        let Some(draws) = outputs.iter().map(plan).collect::<Option<Vec<_>>>() else { return Ok(None) };
+        match self.engine.run_drawn(batch, &draws) {
+            Ok(tokens) => Ok(Some(tokens)),
+            Err(Error::Sampler(_)) => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     fn target(&self, s: &Sequence) -> usize {

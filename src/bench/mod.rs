@@ -15,8 +15,9 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::Routing;
-use crate::engine::{Engine, SeqId};
+use crate::engine::{Engine, Row, SeqId};
 use crate::error::Result;
+use crate::sampler::Draw;
 
 /// What one row of the table times. Data formats call the fields as llama-bench does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -193,8 +194,11 @@ impl Bench {
         let prompt_seconds = started.elapsed().as_secs_f64();
         let started = Instant::now();
         for _ in 0..test.generate {
-            let rows: Vec<_> = sequences.iter().map(|&seq| (seq, self.tokens.next())).collect();
-            self.engine.step(&rows)?;
+            // The greedy draw is a part of the step, as it is of a chat; the tokens that follow are the stream's, so that every run
+            // does the same work.
+            let row = |&seq| Row { seq, token: self.tokens.next(), output: true };
+            let rows: Vec<Row> = sequences.iter().map(row).collect();
+            self.engine.run_drawn(&rows, &vec![Draw::GREEDY; rows.len()])?;
         }
         let generate_seconds = started.elapsed().as_secs_f64();
         self.rewind(test)?;

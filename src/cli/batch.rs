@@ -286,8 +286,8 @@ impl BatchArgs {
 
     /// Bytes that caches may take.
     fn budget(&self, model: &Model) -> u64 {
-        let gpu = match self.model.device {
-            Device::Cuda => true,
+        let gpu = match &self.model.device {
+            Device::Cuda(_) => true,
             Device::Auto => backend::cuda::availability().is_ok(),
             Device::Cpu | Device::Reference => false,
         };

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 use indicatif::ProgressBar;
 
-use super::model::{CacheTypeArg, Device, ModelArgs};
+use super::model::{CacheTypeArg, Device, GpuArgs, ModelArgs};
 use super::{stdout_error, token_bar};
 use crate::backend::{Routing, ggml::Repack};
 use crate::bench::contest::{Contest, Plan, Samples, Way};
@@ -79,9 +79,11 @@ pub struct BenchArgs {
     /// Output format
     #[arg(short, long, value_name = "FORMAT", default_value = "md")]
     output: Format,
-    /// Where to run
+    /// Where to run: auto, cpu, cuda (all GPUs), cuda:N, cuda:N,cuda:M, reference (the slow oracle, f32 caches only)
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: Device,
+    #[command(flatten)]
+    gpu: GpuArgs,
     /// How the caches come to hold the depth
     #[arg(long, value_name = "HOW", default_value = "prefill")]
     fill: Fill,
@@ -287,7 +289,8 @@ impl BenchArgs {
             cache_type_v: setting.v,
             routing: vec![],
             top_k_tokens: None,
-            device: self.device,
+            device: self.device.clone(),
+            gpu: self.gpu.clone(),
             repack: self.repack,
             verbose: false,
         }

@@ -7,18 +7,20 @@ use clap::{Args, ValueEnum};
 use ggml_kernels::simd::Level;
 
 use super::{human_bytes, threads_from};
+use crate::backend::cuda::KvDevice;
+pub use crate::backend::open::Device;
+use crate::backend::open::{Wanted, open};
 use crate::backend::{
     Backend, Routing,
-    cuda::Cuda,
     ggml::{Ggml, Repack},
     probe::Probe,
     reference::Reference,
 };
-use crate::cache::{CacheSpec, CacheType};
+use crate::cache::CacheType;
 use crate::engine::{Engine, Options};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::placement;
+use crate::placement::{self, GpuLayers, Needs};
 
 /// Which model, on which device, with which caches.
 #[derive(Clone, Debug, Args)]
@@ -49,9 +51,12 @@ pub struct ModelArgs {
     /// Positions that routing selects instead of the model's own k
     #[arg(long, value_name = "K")]
     pub top_k_tokens: Option<usize>,
-    /// Where to run
+    /// Where to run: auto, cpu, cuda (all GPUs), cuda:N, cuda:N,cuda:M, reference (the slow oracle, f32 caches only)
     #[arg(long, env = "CLSA_DEVICE", value_name = "DEVICE", default_value = "auto")]
     pub device: Device,
+    /// What goes on GPUs
+    #[command(flatten)]
+    pub gpu: GpuArgs,
     /// Keep a copy of the weights in the order the CPU kernels read best: on, off, or where it fits and soon pays
     #[arg(long, env = "CLSA_REPACK", value_name = "WHEN", default_value = "auto")]
     pub repack: Repack,
@@ -82,17 +87,18 @@ impl From<CacheTypeArg> for CacheType {
     }
 }
 
-/// Where to run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Device {
-    /// The best device that is there
-    Auto,
-    /// This machine's cores
-    Cpu,
-    /// An NVIDIA GPU
-    Cuda,
-    /// The slow, plain f32 oracle (f32 caches only)
-    Reference,
+/// What goes on GPUs.
+#[derive(Clone, Debug, Default, Args)]
+pub struct GpuArgs {
+    /// Layers on GPUs, from the first on (-ngl): auto (all, or as many as fit), all, or a number; the CPU runs the others
+    #[arg(long, env = "CLSA_GPU_LAYERS", value_name = "N", default_value = "auto")]
+    pub gpu_layers: GpuLayers,
+    /// Where K and V of GPU layers lie: gpu, or cpu (page-locked memory: a token reads only the selected rows across the bus)
+    #[arg(long, env = "CLSA_KV_DEVICE", value_name = "DEVICE", default_value = "gpu")]
+    pub kv_device: KvDevice,
+    /// MiB of each GPU's memory to use at most; all that is free without it
+    #[arg(long, env = "CLSA_GPU_MEMORY", value_name = "MIB")]
+    pub gpu_memory: Option<u64>,
 }
 
 impl ModelArgs {
@@ -136,6 +142,7 @@ impl ModelArgs {
             routing: vec![],
             top_k_tokens: None,
             device: Device::Cpu,
+            gpu: GpuArgs::default(),
             repack: Repack::Off,
             verbose: false,
         }
@@ -159,14 +166,28 @@ impl ModelArgs {
     /// Rows of a micro-batch.
     fn micro_batch(&self) -> usize {
         let gpu = || crate::backend::cuda::availability().is_ok();
-        match (self.ubatch_size, self.device) {
-            (0, Device::Cuda) => 4096,
+        match (self.ubatch_size, &self.device) {
+            (0, Device::Cuda(_)) => 4096,
             (0, Device::Auto) if gpu() => 4096,
             // Weights are unpacked once for each micro-batch: the faster the products, the more rows it wants.
             (0, _) if Level::chosen() == Ok(Level::Amx) => 2048,
             (0, _) => 512,
             (n, _) => n.clamp(1, 8192),
         }
+    }
+
+    /// Bytes that caches may come from: a GPU's when the model fits there, this machine's otherwise.
+    fn room(&self, model: &Model) -> u64 {
+        let host = placement::free_memory();
+        let on_gpu =
+            matches!(self.device, Device::Auto | Device::Cuda(_)) && self.gpu.kv_device == KvDevice::Gpu;
+        if !on_gpu || self.gpu.gpu_layers == GpuLayers::First(0) {
+            return host;
+        }
+        let weights: u64 = model.weights.all().map(|w| w.bytes as u64).sum();
+        let limit = self.gpu.gpu_memory.map_or(u64::MAX, |mib| mib.saturating_mul(1 << 20));
+        let free = crate::backend::cuda::free_memory().map(|free| free.min(limit).saturating_sub(weights));
+        free.filter(|f| *f > 0).map_or(host, |free| free.min(host))
     }
 
     /// What to size an engine for; `n_seq` sequences.
@@ -185,7 +206,7 @@ impl ModelArgs {
             ..Options::default()
         };
         if self.ctx_size == 0 {
-            options.context = placement::auto_context(&model.config, &options, placement::free_memory());
+            options.context = placement::auto_context(&model.config, &options, self.room(model));
         }
         options
     }
@@ -210,26 +231,23 @@ impl ModelArgs {
                 self.routing.len()
             )));
         }
-        let spec = options.cache_spec();
-        let free = placement::free_memory();
-        let backend: Box<dyn Backend> = match self.device {
-            Device::Cuda => Box::new(Cuda::new(model.clone(), spec, 0)?),
-            Device::Auto => match Cuda::new(model.clone(), spec, 0) {
-                Ok(cuda) => Box::new(cuda),
-                Err(reason) => {
-                    if self.verbose || crate::backend::cuda::availability().is_ok() {
-                        eprintln!("running on the CPU: {reason}");
-                    }
-                    self.on_cpu(model, spec, free, &interrupt)?
-                }
-            },
-            Device::Cpu => self.on_cpu(model, spec, free, &interrupt)?,
-            Device::Reference => Box::new(Reference::new(model.clone(), spec)?),
+        let wanted = Wanted {
+            device: self.device.clone(),
+            gpu_layers: self.gpu.gpu_layers,
+            kv: self.gpu.kv_device,
+            gpu_memory: self.gpu.gpu_memory.map(|mib| mib.saturating_mul(1 << 20)),
+            threads: self.threads(),
+            repack: self.repack,
         };
-        let mut engine = Engine::new(model.clone(), backend, options)?;
+        let opened = open(model, options.cache_spec(), &wanted, &interrupt)?;
+        let gpu = self.verbose || crate::backend::cuda::availability().is_ok();
+        if let Some(note) = opened.note.filter(|_| gpu) {
+            eprintln!("{}", note.trim_end());
+        }
+        let mut engine = Engine::new(model.clone(), opened.backend, options)?;
         engine.set_interrupt(interrupt);
         if self.verbose {
-            report(&engine, free);
+            report(&engine, &opened.needs);
         }
         Ok(engine)
     }
@@ -246,8 +264,8 @@ impl ModelArgs {
         probe: &Arc<Probe>,
     ) -> Result<Engine> {
         let spec = options.cache_spec();
-        let backend: Box<dyn Backend> = match self.device {
-            Device::Cuda => {
+        let backend: Box<dyn Backend> = match &self.device {
+            Device::Cuda(_) => {
                 return Err(Error::Input(
                     "activations are collected on the CPU only: use --device cpu".into(),
                 ));
@@ -267,30 +285,10 @@ impl ModelArgs {
         engine.set_interrupt(interrupt);
         Ok(engine)
     }
-
-    fn on_cpu(
-        &self,
-        model: &Model,
-        spec: CacheSpec,
-        free: u64,
-        interrupt: &Arc<AtomicBool>,
-    ) -> Result<Box<dyn Backend>> {
-        let needed = placement::cache_bytes(&model.config, &spec);
-        if needed > free {
-            return Err(Error::Memory {
-                what: format!("the cache of {} pages and {} windows", spec.n_pages, spec.n_slots),
-                needed,
-                free,
-                remedy: "lower -c, or use -ctk q8_0 -ctv q8_0".into(),
-            });
-        }
-        let (model, threads) = (model.clone(), self.threads());
-        Ok(Box::new(Ggml::with_repacked(model, spec, threads, Arc::clone(interrupt), self.repack)?))
-    }
 }
 
 /// The resolved settings and the memory table, on standard error.
-fn report(engine: &Engine, free: u64) {
+fn report(engine: &Engine, needs: &[Needs]) {
     let (memory, spec, (routing, top_k)) = (engine.backend().memory(), engine.spec(), engine.routing());
     eprintln!("model    {}", engine.model().file.path().display());
     eprintln!("backend  {}", engine.backend().describe());
@@ -302,11 +300,13 @@ fn report(engine: &Engine, free: u64) {
     );
     eprintln!("caches   K {:?}, V {:?}, index keys {:?}", spec.k, spec.v, spec.index);
     eprintln!("routing  {routing}, top-k {top_k}");
-    eprintln!("memory   weights  {:>12}  (mapped from the file)", human_bytes(memory.weights));
+    eprintln!("memory   weights  {:>12}", human_bytes(memory.weights));
     if memory.repacked > 0 {
         eprintln!("         repacked {:>12}  (in {:.1?})", human_bytes(memory.repacked), memory.repack_time);
     }
     eprintln!("         cache    {:>12}", human_bytes(memory.cache));
     eprintln!("         scratch  {:>12}", human_bytes(memory.scratch));
-    eprintln!("         free     {:>12}  (before the cache was reserved)", human_bytes(free));
+    if !needs.is_empty() {
+        eprint!("{}", placement::table(needs));
+    }
 }

@@ -83,6 +83,15 @@ impl Routing {
             Self::Every(n) => j.is_multiple_of(n),
         }
     }
+
+    /// Positions that may be selected for a row: block mode takes whole blocks, at least one.
+    #[must_use]
+    pub fn columns(self, top_k: usize) -> usize {
+        match self {
+            Self::Block(block) => top_k.max(block),
+            _ => top_k,
+        }
+    }
 }
 
 impl std::fmt::Display for Routing {

@@ -3,6 +3,7 @@ mod forward;
 mod load;
 mod metadata;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use ggml_kernels::quant::Type;
@@ -121,13 +122,22 @@ impl Model {
 impl Weights {
     /// Every weight once (a tied output is its embedding).
     pub fn all(&self) -> impl Iterator<Item = &Weight> {
-        let tied = self.output.offset == self.token_embd.offset;
-        std::iter::once(&self.token_embd)
-            .chain(self.layers.iter().flat_map(layer_weights))
-            .chain(self.shared.iter().flat_map(shared_weights))
-            .chain([&self.output_norm])
-            .chain((!tied).then_some(&self.output))
-            .chain(&self.rope_freqs)
+        self.of(0..self.layers.len())
+    }
+
+    /// Those that a backend with these layers needs: the embedding comes with the first layer, the output with the last, the
+    /// projections of the shared memory with the first cross layer.
+    pub fn of(&self, layers: Range<usize>) -> impl Iterator<Item = &Weight> {
+        let (first, last) = (layers.start == 0, layers.end == self.layers.len());
+        let tied = first && self.output.offset == self.token_embd.offset;
+        let n_self = self.layers.iter().position(|l| l.kv.is_none());
+        let shared = n_self.is_some_and(|at| layers.contains(&at));
+        (first.then_some(&self.token_embd).into_iter())
+            .chain(self.layers[layers].iter().flat_map(layer_weights))
+            .chain(self.shared.iter().filter(move |_| shared).flat_map(shared_weights))
+            .chain(last.then_some(&self.output_norm))
+            .chain((last && !tied).then_some(&self.output))
+            .chain(self.rope_freqs.iter().filter(move |_| first))
     }
 }
 

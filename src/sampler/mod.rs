@@ -1,6 +1,7 @@
 //! From logits to the next token.
 mod candidates;
 mod constraint;
+mod draw;
 mod grammar;
 mod history;
 mod math;
@@ -11,6 +12,7 @@ mod stop;
 mod tests;
 
 pub use constraint::{Constraint, TokenSet};
+pub use draw::Draw;
 pub use grammar::{Grammar, GrammarCompiler};
 pub use params::SamplerParams;
 pub use rng::{Rng, random_seed};
@@ -240,6 +242,39 @@ impl Sampler {
             self.logprobs.get_or_insert_default().chosen = chosen;
         }
         Ok(id)
+    }
+
+    /// The next token's draw, where a device can do all that the parameters ask for: no constraint, bias, penalty or log probabilities, and
+    /// no filters beside top-k, top-p and min-p. [`Draw::take`] then gives what [`Self::sample`] would. The random numbers move on when
+    /// [`Self::drawn`] says that it was done.
+    #[must_use]
+    pub fn plan(&self) -> Option<Draw> {
+        let p = &self.params;
+        let untouched = self.constraint.is_none()
+            && p.logprobs < 0
+            && p.logit_bias.is_empty()
+            && p.repeat_penalty == 1.0
+            && p.presence_penalty == 0.0
+            && p.frequency_penalty == 0.0
+            && p.dry_multiplier == 0.0;
+        if untouched && p.temperature == 0.0 {
+            return Some(Draw::GREEDY);
+        }
+        let plain = p.mirostat == 0 && p.typical_p >= 1.0 && p.top_n_sigma <= 0.0 && p.xtc_probability == 0.0;
+        (untouched && plain).then(|| Draw {
+            temperature: p.temperature,
+            top_k: usize::try_from(p.top_k).unwrap_or(0),
+            top_p: p.top_p,
+            min_p: p.min_p,
+            at: self.rng.clone().next_f64(),
+        })
+    }
+
+    /// The draw that [`Self::plan`] gave was done.
+    pub fn drawn(&mut self) {
+        if self.params.temperature != 0.0 {
+            self.rng.next_f64();
+        }
     }
 
     /// Log probabilities of the last sampled token, where [`SamplerParams::logprobs`] asks for them.

@@ -7,8 +7,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::engine::{Engine, SeqId};
+use crate::engine::{Engine, Row, SeqId};
 use crate::error::{Error, Result};
+use crate::sampler::Draw;
 
 pub use file::{Contents, Error as FileError, SessionFile, VERSION, write};
 pub use identity::{Identity, model_hash};
@@ -146,6 +147,17 @@ impl Session {
         self.logits.extend_from_slice(logits);
         self.tokens.push(token);
         Ok(())
+    }
+
+    /// Appends one token and draws the next one where the model runs. [`Self::logits`] is empty afterwards.
+    ///
+    /// # Errors
+    /// As [`Self::push`] and [`Engine::run_drawn`].
+    pub fn push_drawn(&mut self, token: u32, draw: Draw) -> Result<u32> {
+        let next = self.engine.run_drawn(&[Row { seq: self.seq, token, output: true }], &[draw])?;
+        self.logits.clear();
+        self.tokens.push(token);
+        Ok(next[0])
     }
 
     /// Forgets everything.

@@ -67,7 +67,7 @@ pub enum Device {
     Cuda,
 }
 
-/// Holds the GPU for one test at a time: a recording must not meet another engine's allocations.
+/// Holds the GPU for one test at a time, so that the free memory that a test sees is its own.
 pub struct Gpu {
     _turn: std::sync::MutexGuard<'static, ()>,
 }

@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use cudarc::cublaslt::{result as lt, sys};
 
-use super::{Buffer, Device, Error, Result, Stream};
+use super::{Buffer, Device, Error, Result, Stream, gate};
 
 /// What a product is written as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,6 +65,7 @@ unsafe impl Send for Blas {}
 
 impl Drop for Blas {
     fn drop(&mut self) {
+        let _work = gate::work();
         self.plans.clear();
         // SAFETY: made by `Blas::open`.
         unsafe {
@@ -91,6 +92,7 @@ impl Blas {
         if !unsafe { sys::is_culib_present() } {
             return Ok(None);
         }
+        let _work = gate::work();
         let handle = lt::create_handle().map_err(fail("cublasLtCreate"))?;
         Ok(Some(Self { handle, workspace: device.alloc(Self::WORKSPACE)?, plans: HashMap::new() }))
     }
@@ -177,6 +179,7 @@ impl Blas {
         x: *const half::f16,
         out: *mut c_void,
     ) -> Result<()> {
+        let _work = gate::work();
         stream.device().bind()?;
         let (handle, workspace) = (self.handle, self.workspace.ptr());
         let plan = self.plan(shape)?;

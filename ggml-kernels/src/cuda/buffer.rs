@@ -4,7 +4,7 @@ use std::ops::{Deref, DerefMut};
 
 use cudarc::driver::sys as cu;
 
-use super::{Device, Error, Result, Stream, driver};
+use super::{Device, Error, Result, Stream, driver, gate};
 
 /// Types that may cross to the device byte by byte.
 ///
@@ -68,6 +68,7 @@ impl<T: Pod> Buffer<T> {
     /// Copies `values` to `start..`, and waits.
     pub fn write(&mut self, start: usize, values: &[T]) -> Result<()> {
         let to = self.check(start, values.len())?;
+        let _work = gate::work();
         self.device.bind()?;
         // SAFETY: the range was checked, and the first call returns after the source was read; the second waits until it has arrived.
         unsafe {
@@ -78,6 +79,7 @@ impl<T: Pod> Buffer<T> {
     /// Copies from `start..` into `values`, and waits.
     pub fn read(&self, start: usize, values: &mut [T]) -> Result<()> {
         let from = self.check(start, values.len())?;
+        let _work = gate::work();
         self.device.bind()?;
         // SAFETY: the range was checked, `values` outlives the synchronous call, and any bit pattern is a T.
         unsafe { driver!(cuMemcpyDtoH_v2(values.as_mut_ptr().cast(), from, size_of_val(values))) }
@@ -131,15 +133,19 @@ impl<T: Pod> Buffer<T> {
         // SAFETY: both ranges were checked.
         unsafe { driver!(cuMemcpyDtoDAsync_v2(to, from, len * size_of::<T>(), stream.handle())) }
     }
-    /// Queues a copy of `len` values within this buffer; the ranges must not overlap.
-    pub fn copy_within_async(&mut self, from: usize, to: usize, len: usize, stream: &Stream) -> Result<()> {
+    /// Copies `len` values within this buffer, and waits; the ranges must not overlap.
+    pub fn copy_within(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
         let (source, target) = (self.check(from, len)?, self.check(to, len)?);
         if from.abs_diff(to) < len {
             return Err(Error::Range(format!("overlapping device copy {from} -> {to} of {len}")));
         }
+        let _work = gate::work();
         self.device.bind()?;
         // SAFETY: both ranges were checked and do not overlap.
-        unsafe { driver!(cuMemcpyDtoDAsync_v2(target, source, len * size_of::<T>(), stream.handle())) }
+        unsafe {
+            driver!(cuMemcpyDtoD_v2(target, source, len * size_of::<T>()))?;
+            driver!(cuStreamSynchronize(std::ptr::null_mut()))
+        }
     }
     /// Queues setting every byte to `byte`.
     pub fn fill_async(&mut self, byte: u8, stream: &Stream) -> Result<()> {
@@ -155,6 +161,7 @@ impl<T: Pod> Buffer<T> {
 impl<T: Pod> Drop for Buffer<T> {
     fn drop(&mut self) {
         if self.address != 0 {
+            let _work = gate::work();
             // SAFETY: allocated by `Device::alloc`; cuMemFree waits for work that uses it.
             unsafe {
                 let _ = self.device.bind();
@@ -191,6 +198,7 @@ impl<T: Pod> DerefMut for Pinned<T> {
 }
 impl<T: Pod> Drop for Pinned<T> {
     fn drop(&mut self) {
+        let _work = gate::work();
         // SAFETY: allocated by `Device::pinned`; the driver lets copies in flight end before the memory goes.
         unsafe {
             let _ = self.device.bind();
@@ -202,6 +210,7 @@ impl<T: Pod> Drop for Pinned<T> {
 impl Device {
     /// Allocates `len` values; their contents are undefined.
     pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let _work = gate::work();
         self.bind()?;
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| Error::Range(format!("{len} values")))?;
         let mut address = 0;
@@ -228,6 +237,7 @@ impl Device {
     pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
         let buffer = self.alloc(len)?;
         if len > 0 {
+            let _work = gate::work();
             // SAFETY: the range is the whole buffer.
             unsafe {
                 driver!(cuMemsetD8_v2(buffer.address, 0, buffer.bytes()))?;
@@ -238,6 +248,7 @@ impl Device {
     }
     /// Page-locked host memory of `len` values, zeroed.
     pub fn pinned<T: Pod>(&self, len: usize) -> Result<Pinned<T>> {
+        let _work = gate::work();
         self.bind()?;
         let bytes =
             len.max(1).checked_mul(size_of::<T>()).ok_or_else(|| Error::Range(format!("{len} values")))?;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys as cu;
 
-use super::{Error, FATBINS, MISSING, Result, driver};
+use super::{Error, FATBINS, MISSING, Result, driver, gate};
 
 /// Whether a GPU can be used: the number of devices (at least one), or what is missing.
 pub fn availability() -> Result<usize> {
@@ -60,6 +60,7 @@ unsafe impl Sync for Inner {}
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        let _work = gate::work();
         let modules = self.modules.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the handles are this object's own and are used by nobody after it; a failure at the end of a process is harmless.
         unsafe {
@@ -92,6 +93,7 @@ impl Device {
         if ordinal >= count {
             return Err(Error::Unavailable(format!("there is no GPU {ordinal}; the driver sees {count}")));
         }
+        let _work = gate::work();
         let mut device = 0;
         let mut context = std::ptr::null_mut();
         let mut name = [0 as std::ffi::c_char; 256];
@@ -181,7 +183,11 @@ impl Device {
     /// The `extern "C"` kernel of that name in any of the embedded files.
     pub fn function(&self, name: &str) -> Result<Function> {
         self.bind()?;
-        let mut modules = self.0.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = || self.0.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before the lock, which a recording may want too.
+        let loaded = lock().loaded.len() == FATBINS.len();
+        let _work = (!loaded).then(gate::work);
+        let mut modules = lock();
         let found = |handle| Function { device: self.clone(), handle, name: name.into() };
         if let Some(&handle) = modules.functions.get(name) {
             return Ok(found(handle));

@@ -5,6 +5,7 @@
 pub mod blas;
 mod buffer;
 mod device;
+mod gate;
 pub mod limits;
 pub mod matmul;
 mod matrix;

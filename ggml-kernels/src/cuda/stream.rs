@@ -1,14 +1,16 @@
 //! Queues of work: streams, events, launches and recorded graphs.
 use std::ffi::{c_uint, c_void};
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::sys as cu;
 
-use super::{Device, Error, Function, Result, driver};
+use super::{Device, Error, Function, Result, driver, gate};
 
 /// A queue of work on a device.
 pub struct Stream {
     device: Device,
     handle: cu::CUstream,
+    recording: Mutex<Option<gate::Recording>>,
 }
 
 // SAFETY: a stream handle may be used from any thread; the driver locks.
@@ -37,15 +39,17 @@ unsafe impl Send for Graph {}
 impl Device {
     /// Makes a stream that does not wait for the default one.
     pub fn stream(&self) -> Result<Stream> {
+        let _work = gate::work();
         self.bind()?;
         let mut handle = std::ptr::null_mut();
         let flags = cu::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as c_uint;
         // SAFETY: the out-pointer outlives the call.
         unsafe { driver!(cuStreamCreate(&mut handle, flags)) }?;
-        Ok(Stream { device: self.clone(), handle })
+        Ok(Stream { device: self.clone(), handle, recording: Mutex::new(None) })
     }
     /// Makes an event that keeps the time.
     pub fn event(&self) -> Result<Event> {
+        let _work = gate::work();
         self.bind()?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: the out-pointer outlives the call.
@@ -95,12 +99,18 @@ impl Stream {
         // SAFETY: both handles live.
         unsafe { driver!(cuStreamWaitEvent(self.handle, event.handle, 0)) }
     }
-    /// Starts recording: work queued from now on goes into a graph and does not run.
+    fn set_recording(&self, recording: Option<gate::Recording>) {
+        *self.recording.lock().unwrap_or_else(PoisonError::into_inner) = recording;
+    }
+    /// Starts recording: work queued from now on goes into a graph and does not run. Other threads' allocations wait until it ends.
     pub fn begin_capture(&self) -> Result<()> {
         self.device.bind()?;
+        let recording = gate::record();
         let mode = cu::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the handle lives.
-        unsafe { driver!(cuStreamBeginCapture_v2(self.handle, mode)) }
+        unsafe { driver!(cuStreamBeginCapture_v2(self.handle, mode)) }?;
+        self.set_recording(Some(recording));
+        Ok(())
     }
     /// Ends recording and prepares the graph.
     pub fn end_capture(&self) -> Result<Graph> {
@@ -109,7 +119,10 @@ impl Stream {
         let mut handle = std::ptr::null_mut();
         // SAFETY: the template graph is destroyed whatever instantiation says; the executable one is owned by the result.
         unsafe {
-            driver!(cuStreamEndCapture(self.handle, &mut graph))?;
+            let ended = driver!(cuStreamEndCapture(self.handle, &mut graph));
+            self.set_recording(None);
+            ended?;
+            let _work = gate::work();
             let made = driver!(cuGraphInstantiateWithFlags(&mut handle, graph, 0));
             let _ = cu::cuGraphDestroy(graph);
             made?;
@@ -127,11 +140,15 @@ impl Stream {
                 let _ = cu::cuGraphDestroy(graph);
             }
         }
+        self.set_recording(None);
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
+        // A recording that was left open; whoever waits for it may be this thread.
+        self.set_recording(None);
+        let _work = gate::work();
         // SAFETY: the handle is this object's own; the driver frees it once its work is done.
         unsafe {
             let _ = self.device.bind();
@@ -159,6 +176,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
+        let _work = gate::work();
         // SAFETY: the handle is this object's own.
         unsafe {
             let _ = self.device.bind();
@@ -173,6 +191,8 @@ impl Graph {
     /// # Safety
     /// Every buffer that the recorded kernels use must be alive until the work is done.
     pub unsafe fn launch(&self, stream: &Stream) -> Result<()> {
+        // The first launch uploads the graph.
+        let _work = gate::work();
         self.device.bind()?;
         // SAFETY: both handles live; the buffers are the caller's promise.
         unsafe { driver!(cuGraphLaunch(self.handle, stream.handle)) }
@@ -181,6 +201,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
+        let _work = gate::work();
         // SAFETY: the handle is this object's own.
         unsafe {
             let _ = self.device.bind();
@@ -275,6 +296,8 @@ impl Launch {
         if self.grid.contains(&0) {
             return Ok(());
         }
+        // A kernel's code is loaded when it is first launched.
+        let _work = gate::work();
         stream.device.bind()?;
         let mut parameters = [std::ptr::null_mut(); 8];
         arguments.addresses(&mut parameters);

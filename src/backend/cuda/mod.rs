@@ -6,11 +6,13 @@
 mod caches;
 mod clock;
 mod linear;
+mod sampling;
 mod scratch;
 mod step;
 mod weights;
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use ggml_kernels::contracts::*;
 use ggml_kernels::cuda::blas::Blas;
@@ -18,18 +20,23 @@ use ggml_kernels::cuda::matmul::{self, Mode};
 use ggml_kernels::cuda::ops::{attention_prefill, rope_append};
 use ggml_kernels::cuda::{self, Device, Graph, Pinned, Stream};
 
-use self::caches::Caches;
+pub use self::caches::KvDevice;
+
+use self::caches::Memory as CacheMemory;
 use self::clock::Clock;
 use self::linear::Input;
+use self::sampling::{Sampling, draws_alike};
 use self::scratch::{FEW, Scratch, Sizes};
 use self::step::Step;
 use self::weights::Weights;
-use super::{Backend, Batch, Memory, Record, Routing, Stage, Timing};
-use crate::cache::{CacheSpec, PageTables};
+use super::caches::Caches;
+use super::{Backend, Batch, Memory, Part, Record, Routing, Stage, Timing};
+use crate::cache::{CacheSpec, PAGE, PageTables};
 use crate::config::{Config, Heads};
 use crate::error::{Error, Result};
 use crate::model::{Model, Weight};
-use crate::placement;
+use crate::placement::{self, Needs};
+use crate::sampler::Draw;
 
 impl From<cuda::Error> for Error {
     fn from(e: cuda::Error) -> Self {
@@ -52,6 +59,13 @@ impl From<cuda::Error> for Error {
 /// What is missing.
 pub fn availability() -> Result<()> {
     Ok(cuda::availability().map(drop)?)
+}
+
+/// Free bytes of the first GPU; `None` without one.
+#[must_use]
+pub fn free_memory() -> Option<u64> {
+    let device = Device::open(0).ok()?;
+    device.memory().ok().map(|(free, _)| free as u64)
 }
 
 /// What decides the kernels of a step.
@@ -92,13 +106,34 @@ const MAX_GRAPHS: usize = 64;
 /// Rows of one sequence from which the prompt kernels pay.
 const LONG_RUN: usize = 16;
 
-/// The model on one GPU.
+/// What of a model a GPU holds, and which one.
+#[derive(Clone, Debug)]
+pub struct Share {
+    /// Its number.
+    pub ordinal: usize,
+    /// The layers.
+    pub layers: Range<usize>,
+    /// Where K and V of the shared memory lie.
+    pub kv: KvDevice,
+}
+
+/// x and the selection from the part before, page-locked, and x for the part after.
+struct Carried {
+    x: Pinned<f32>,
+    selected: Pinned<u32>,
+    count: Pinned<i32>,
+    out: Pinned<f32>,
+}
+
+/// The model, or some of its layers, on one GPU.
 pub struct Cuda {
     model: Model,
     spec: CacheSpec,
+    layers: Range<usize>,
     stream: Stream,
     weights: Weights,
-    caches: Caches,
+    caches: Caches<CacheMemory>,
+    carried: Carried,
     step: Step,
     s: Scratch,
     blas: Option<Blas>,
@@ -108,39 +143,42 @@ pub struct Cuda {
     age: u64,
     clock: Option<Clock>,
     logits_host: Pinned<f32>,
+    sampling: Sampling,
     device: Device,
 }
 
 impl Cuda {
-    /// Plans the memory, then uploads the weights of `model` to GPU `ordinal` and reserves caches and scratch memory for the largest
+    /// The whole model, with all caches, on GPU `ordinal`: see [`Self::part`].
+    ///
+    /// # Errors
+    /// As [`Self::part`].
+    pub fn new(model: Model, spec: CacheSpec, ordinal: usize) -> Result<Self> {
+        let layers = 0..model.config.n_layer;
+        Self::part(model, spec, &Share { ordinal, layers, kv: KvDevice::Gpu })
+    }
+
+    /// Plans the memory, then uploads the weights of some layers of `model` and reserves caches and scratch memory for the largest
     /// micro-batch.
     ///
     /// # Errors
     /// [`Error::Input`] when there is no usable GPU, [`Error::Memory`] with the plan when it does not fit.
-    pub fn new(model: Model, spec: CacheSpec, ordinal: usize) -> Result<Self> {
+    pub fn part(model: Model, spec: CacheSpec, share: &Share) -> Result<Self> {
+        let Share { ordinal, layers, kv } = share.clone();
         let device = Device::open(ordinal)?;
         let c: &Config = &model.config;
-        let top_k = c.indexer.map_or(0, |ix| ix.top_k);
-        let sizes = Sizes::new(&model, &spec, device.multiprocessors(), top_k);
-        let (weights, cache) = (weights::bytes(&model)?, placement::cache_bytes(c, &spec));
-        let needed = weights + cache + sizes.bytes() + Blas::WORKSPACE as u64;
-        let (free, total) = device.memory()?;
-        if needed > free as u64 {
-            let mib = |b: u64| b >> 20;
-            return Err(Error::Memory {
-                what: format!(
-                    "GPU {ordinal} ({}, {} MiB): weights {} MiB, cache {} MiB, scratch {} MiB",
-                    device.name(),
-                    mib(total as u64),
-                    mib(weights),
-                    mib(cache),
-                    mib(sizes.bytes())
-                ),
-                needed,
-                free: free as u64,
-                remedy: "lower -c, -np or -ub, use -ctk q8_0 -ctv q8_0, or --device cpu".into(),
+        spec.check(c)?;
+        let memory = Self::needs(&model, &spec, share, &device)?;
+        let free = device.memory()?.0 as u64;
+        if memory.total() > free {
+            let device = format!("cuda:{ordinal}");
+            return Err(Error::Placement {
+                table: placement::table(&[Needs { device, layers, memory, free }]),
+                remedy:
+                    "lower -c, -np, -ub or -ngl, use -ctk q8_0 -ctv q8_0, --kv-device cpu or --device cpu"
+                        .into(),
             });
         }
+        let sizes = Self::sizes(&model, &spec, &device);
         let stream = device.stream()?;
         let factors = |w: Option<&Weight>| w.map(|w| model.values(w));
         let cross_factors = model.weights.shared.as_ref().and_then(|s| s.rope_freqs.as_ref());
@@ -156,8 +194,15 @@ impl Cuda {
             distinct: false,
         };
         Ok(Self {
-            weights: Weights::upload(&device, &stream, &model)?,
-            caches: Caches::new(&device, c, &spec)?,
+            weights: Weights::upload(&device, &stream, &model, &layers)?,
+            caches: Caches::new(c, &spec, &layers, |kind, n| CacheMemory::new(&device, kv, kind, n))?,
+            carried: Carried {
+                x: device.pinned(if layers.start > 0 { spec.max_rows * c.hidden } else { 0 })?,
+                selected: device.pinned(0)?,
+                count: device.pinned(spec.max_outputs)?,
+                out: device.pinned(if layers.end < c.n_layer { spec.max_rows * c.hidden } else { 0 })?,
+            },
+            layers,
             step: Step::new(&device, &spec, rope, cross_rope)?,
             s: Scratch::new(&device, sizes, spec.max_outputs)?,
             blas: Blas::open(&device)?,
@@ -167,10 +212,30 @@ impl Cuda {
             age: 0,
             clock: None,
             logits_host: device.pinned(spec.max_outputs * c.vocab)?,
+            sampling: Sampling::new(&device)?,
             stream,
             device,
             model,
             spec,
+        })
+    }
+
+    fn sizes(model: &Model, spec: &CacheSpec, device: &Device) -> Sizes {
+        let top_k = model.config.indexer.map_or(0, |ix| ix.top_k);
+        Sizes::new(model, spec, device.multiprocessors(), top_k)
+    }
+
+    /// Bytes that a share takes on its GPU.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a matrix that the kernels cannot take.
+    pub fn needs(model: &Model, spec: &CacheSpec, share: &Share, device: &Device) -> Result<Memory> {
+        let sizes = Self::sizes(model, spec, device);
+        Ok(Memory {
+            weights: weights::bytes(model, &share.layers)?,
+            cache: placement::device_cache_bytes(&model.config, spec, &share.layers, share.kv),
+            scratch: sizes.bytes() + Blas::WORKSPACE as u64 + Sampling::bytes(),
+            ..Memory::default()
         })
     }
 
@@ -223,10 +288,7 @@ impl Cuda {
     }
 
     fn selection_columns(&self) -> usize {
-        match self.shape.routing {
-            Routing::Block(b) => self.shape.top_k.max(b),
-            _ => self.shape.top_k,
-        }
+        self.shape.routing.columns(self.shape.top_k)
     }
 
     fn gather_op(&self) -> clsa_gather_attention {
@@ -246,6 +308,52 @@ impl Cuda {
             selected: self.s.selected.ptr(),
             count: self.s.count.ptr(),
         }
+    }
+}
+
+impl Cuda {
+    /// Whether work is queued now, to run at once or into a recording; not where a recording serves.
+    fn queues(&self) -> bool {
+        self.state.recording || self.shape.rows > FEW
+    }
+
+    /// Copies the selected rows side by side, where they fit.
+    fn gather(&mut self) -> Result<()> {
+        let op = self.gather_op();
+        if self.s.gathered.holds(&op) {
+            // SAFETY: buffers and caches of this backend; the selection names positions of the sequences.
+            unsafe { self.s.gathered.gather(&self.stream, &op) }?;
+        }
+        Ok(())
+    }
+
+    /// The logits of the output rows, on the host.
+    fn fetch_logits(&mut self) -> Result<&[f32]> {
+        let n = if self.state.logits { self.shape.outputs * self.model.config.vocab } else { 0 };
+        if n > 0 {
+            self.s.logits.read_async(0, &mut self.logits_host, n, &self.stream)?;
+        }
+        self.stream.synchronize()?;
+        Ok(&self.logits_host[..n])
+    }
+
+    /// Ends the recording, if there is one, and queues the graph of the present shape.
+    fn launch(&mut self) -> Result<()> {
+        self.age += 1;
+        if std::mem::take(&mut self.state.recording) {
+            let graph = self.stream.end_capture()?;
+            if self.graphs.len() >= MAX_GRAPHS {
+                let oldest = self.graphs.iter().min_by_key(|(_, r)| r.age).map(|(shape, _)| *shape);
+                oldest.and_then(|shape| self.graphs.remove(&shape));
+            }
+            self.graphs.insert(self.shape, Ready { graph, state: self.state, age: 0 });
+        }
+        if let Some(ready) = self.graphs.get_mut(&self.shape) {
+            ready.age = self.age;
+            // SAFETY: the graph's buffers belong to this backend; those that are replaced clear the graphs.
+            unsafe { ready.graph.launch(&self.stream) }?;
+        }
+        Ok(())
     }
 }
 
@@ -278,7 +386,7 @@ impl Backend for Cuda {
         Memory {
             weights: self.weights.bytes(),
             cache: self.caches.bytes(),
-            scratch: self.s.bytes() + self.step.bytes() + Blas::WORKSPACE as u64,
+            scratch: self.s.bytes() + self.step.bytes() + Blas::WORKSPACE as u64 + Sampling::bytes(),
             ..Memory::default()
         }
     }
@@ -293,6 +401,8 @@ impl Backend for Cuda {
         if std::mem::take(&mut self.state).recording {
             self.stream.abandon_capture();
         }
+        // More positions than a sequence can have cannot be selected.
+        let top_k = top_k.min(self.spec.pages_per_slot * PAGE);
         self.shape = Shape::new(batch, routing, top_k);
         self.step.set(&self.stream, batch, tables)?;
         if self.clock.is_some() {
@@ -308,6 +418,9 @@ impl Backend for Cuda {
             self.stream.synchronize()?;
             self.graphs.clear();
             self.s.selected = self.device.zeros(selected)?;
+            if self.layers.start > self.model.config.n_self {
+                self.carried.selected = self.device.pinned(selected)?;
+            }
         }
         if self.shape.rows <= FEW {
             self.stream.begin_capture()?;
@@ -378,7 +491,7 @@ impl Backend for Cuda {
 
     fn feed_forward(&mut self, i: usize) -> Result<()> {
         let weights = self.model.weights.clone();
-        let next = weights.layers.get(i + 1).map(|l| &l.q);
+        let next = weights.layers[..self.layers.end].get(i + 1).map(|l| &l.q);
         self.gated(&weights.layers[i], next)?;
         self.mark(Stage::FeedForward, Some(i))
     }
@@ -466,15 +579,10 @@ impl Backend for Cuda {
             selected: self.s.selected.ptr(),
             count: self.s.count.ptr(),
         };
-        let gather = self.gather_op();
         // SAFETY: buffers and caches of this backend; positions lie below pages_per_slot pages.
-        unsafe {
-            self.s.route.route(&self.stream, &op, self.shape.one_sequence)?;
-            if self.s.gathered.holds(&gather) {
-                self.s.gathered.gather(&self.stream, &gather)?;
-            }
-        }
+        unsafe { self.s.route.route(&self.stream, &op, self.shape.one_sequence) }?;
         self.state.routed = true;
+        self.gather()?;
         self.mark(Stage::Routing, None)
     }
 
@@ -522,26 +630,23 @@ impl Backend for Cuda {
     }
 
     fn finish(&mut self) -> Result<&[f32]> {
-        self.age += 1;
-        if std::mem::take(&mut self.state.recording) {
-            let graph = self.stream.end_capture()?;
-            if self.graphs.len() >= MAX_GRAPHS {
-                let oldest = self.graphs.iter().min_by_key(|(_, r)| r.age).map(|(shape, _)| *shape);
-                oldest.and_then(|shape| self.graphs.remove(&shape));
+        self.launch()?;
+        self.fetch_logits()
+    }
+
+    fn finish_drawn(&mut self, draws: &[Draw]) -> Result<Vec<u32>> {
+        let vocab = self.model.config.vocab;
+        self.launch()?;
+        if self.state.logits && draws.iter().all(|d| draws_alike(d, vocab)) {
+            // SAFETY: the logits of the output rows, one for each draw.
+            let tokens = unsafe { self.sampling.draw(&self.stream, self.s.logits.ptr(), vocab, draws) }?;
+            if let Some(tokens) = tokens.into_iter().collect() {
+                return Ok(tokens);
             }
-            self.graphs.insert(self.shape, Ready { graph, state: self.state, age: 0 });
         }
-        if let Some(ready) = self.graphs.get_mut(&self.shape) {
-            ready.age = self.age;
-            // SAFETY: the graph's buffers belong to this backend; those that are replaced clear the graphs.
-            unsafe { ready.graph.launch(&self.stream) }?;
-        }
-        let n = if self.state.logits { self.shape.outputs * self.model.config.vocab } else { 0 };
-        if n > 0 {
-            self.s.logits.read_async(0, &mut self.logits_host, n, &self.stream)?;
-        }
-        self.stream.synchronize()?;
-        Ok(&self.logits_host[..n])
+        // The host says what is wrong with them.
+        let logits = self.fetch_logits()?;
+        Ok(logits.chunks(vocab).zip(draws).map(|(row, d)| d.take(row)).collect::<Result<_, _>>()?)
     }
 
     fn set_timing(&mut self, on: bool) -> Result<()> {
@@ -566,7 +671,7 @@ impl Backend for Cuda {
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {
-        self.caches.copy_page(from, to, &self.stream)
+        self.caches.copy_page(from, to)
     }
     fn read_page(&mut self, page: u32, rows: usize, out: &mut Vec<u8>) -> Result<()> {
         self.caches.read_page(page, rows, out)
@@ -579,5 +684,58 @@ impl Backend for Cuda {
     }
     fn load_window(&mut self, slot: u32, len: usize, bytes: &[u8]) -> Result<()> {
         self.caches.load_window(slot, len, bytes)
+    }
+}
+
+impl Part for Cuda {
+    fn layers(&self) -> Range<usize> {
+        self.layers.clone()
+    }
+
+    fn receive(&mut self, x: &[f32], kept: bool) -> Result<()> {
+        self.carried.x[..x.len()].copy_from_slice(x);
+        if !self.queues() {
+            return Ok(());
+        }
+        self.s.x.write_async(0, &self.carried.x, x.len(), &self.stream)?;
+        self.state.kept = kept;
+        if kept {
+            self.step.compute_kept_angles(&self.stream)
+        } else {
+            self.step.compute_angles(&self.stream)
+        }
+    }
+
+    fn receive_selection(&mut self, selected: &[Vec<u32>]) -> Result<()> {
+        let columns = self.selection_columns();
+        for (i, from) in selected.iter().enumerate() {
+            self.carried.selected[i * columns..][..from.len()].copy_from_slice(from);
+            self.carried.count[i] = from.len() as i32;
+        }
+        if !self.queues() {
+            return Ok(());
+        }
+        let n = selected.len();
+        self.s.selected.write_async(0, &self.carried.selected, n * columns, &self.stream)?;
+        self.s.count.write_async(0, &self.carried.count, n, &self.stream)?;
+        self.state.routed = true;
+        self.gather()
+    }
+
+    fn hand_over(&mut self) -> Result<&[f32]> {
+        self.launch()?;
+        let n = self.rows().0 * self.model.config.hidden;
+        let x = if self.state.moved { &self.s.kept } else { &self.s.x };
+        x.read_async(0, &mut self.carried.out, n, &self.stream)?;
+        self.stream.synchronize()?;
+        Ok(&self.carried.out[..n])
+    }
+
+    fn read_rows(&mut self, batch: &Batch, tables: &PageTables, out: &mut Vec<u8>) -> Result<()> {
+        self.caches.read_rows(batch, tables, out)
+    }
+
+    fn write_rows(&mut self, batch: &Batch, tables: &PageTables, bytes: &[u8]) -> Result<()> {
+        self.caches.write_rows(batch, tables, bytes)
     }
 }

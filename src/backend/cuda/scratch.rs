@@ -4,7 +4,7 @@ use ggml_kernels::cuda::{Buffer, Device, matmul};
 use ggml_kernels::quant::Type;
 use half::f16;
 
-use super::caches::type_number;
+use crate::backend::caches::type_number;
 use crate::cache::{CacheSpec, PAGE};
 use crate::config::Config;
 use crate::error::Result;

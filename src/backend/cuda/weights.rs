@@ -1,5 +1,6 @@
 //! The weights on the device: matrices in planes, vectors in f32.
 use std::collections::HashMap;
+use std::ops::Range;
 
 use ggml_kernels::cuda::{Buffer, Device, Matrix, Stream, Uploader, matrix_bytes};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -7,18 +8,18 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::error::{Error, Result};
 use crate::model::{Model, Weight};
 
-/// Every weight of a model, by its place in the file.
+/// The weights of some layers, by their place in the file.
 pub struct Weights {
     matrices: HashMap<usize, Matrix>,
     vectors: HashMap<usize, Buffer<f32>>,
 }
 
-/// Bytes on the device of every weight.
+/// Bytes on the device of the weights of `layers`.
 ///
 /// # Errors
 /// [`Error::Input`] for a matrix that the kernels cannot take.
-pub fn bytes(model: &Model) -> Result<u64> {
-    model.weights.all().map(|w| Ok(one(w)? as u64)).sum()
+pub fn bytes(model: &Model, layers: &Range<usize>) -> Result<u64> {
+    model.weights.of(layers.clone()).map(|w| Ok(one(w)? as u64)).sum()
 }
 
 fn one(w: &Weight) -> Result<usize> {
@@ -34,9 +35,9 @@ fn one(w: &Weight) -> Result<usize> {
 }
 
 impl Weights {
-    /// Uploads everything, with a bar on a terminal.
-    pub fn upload(device: &Device, stream: &Stream, model: &Model) -> Result<Self> {
-        let total = model.weights.all().map(|w| w.bytes as u64).sum();
+    /// Uploads them, with a bar on a terminal.
+    pub fn upload(device: &Device, stream: &Stream, model: &Model, layers: &Range<usize>) -> Result<Self> {
+        let total = model.weights.of(layers.clone()).map(|w| w.bytes as u64).sum();
         let bar = ProgressBar::new(total).with_style(
             ProgressStyle::with_template(
                 "uploading {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}",
@@ -45,7 +46,7 @@ impl Weights {
         );
         let (mut matrices, mut vectors) = (HashMap::new(), HashMap::new());
         let mut uploader = Uploader::new(stream)?;
-        for w in model.weights.all() {
+        for w in model.weights.of(layers.clone()) {
             if w.n_out == 1 {
                 vectors.insert(w.offset, device.upload(&model.values(w))?);
                 bar.inc(w.bytes as u64);

@@ -9,6 +9,7 @@ mod step;
 mod team;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -16,15 +17,18 @@ use std::time::Duration;
 use ggml_kernels::ggml as g;
 use ggml_kernels::ops::Ops;
 
-use self::caches::Caches;
+use self::caches::Anonymous;
 use self::clock::Clock;
 use self::graph::{Arena, Context, Graph, Node, Runner};
 pub use self::repacked::Repack;
 use self::repacked::Repacked;
 use self::step::Shared;
 use self::team::Team;
+use super::caches::Caches;
+use super::cuda::KvDevice;
 use super::probe::Probe;
-use super::{Backend, Batch, Memory, Queries, Record, Routing, Stage, Timing};
+use super::split::record_part;
+use super::{Backend, Batch, Memory, Part, Queries, Record, Routing, Stage, Timing};
 use crate::cache::{CacheSpec, PageTables};
 use crate::error::{Error, Result};
 use crate::model::{Model, Weight};
@@ -34,8 +38,12 @@ use crate::placement;
 pub struct Ggml {
     model: Model,
     spec: CacheSpec,
+    layers: Range<usize>,
     shared: Arc<Shared>,
-    caches: Caches,
+    caches: Caches<Anonymous>,
+    /// x from the part before, `[max_rows][hidden]`, and what was selected there, `[max_outputs][columns]`.
+    received: Box<[f32]>,
+    received_selection: Box<[u32]>,
     embedding: Node,
     // Norm vectors in f32, by offset in the file.
     vectors: HashMap<usize, Box<[f32]>>,
@@ -67,7 +75,8 @@ struct Shape {
 /// A graph that can be run again for any batch of its shape.
 struct Ready {
     graph: Graph,
-    logits: Option<Node>,
+    /// Logits, or x where other parts go on.
+    result: Option<Node>,
     selected: Option<Node>,
     queries: KeptQueries,
     age: u64,
@@ -90,7 +99,7 @@ struct Recording {
     memory: Option<Node>,
     selected: Option<Node>,
     queries: KeptQueries,
-    logits: Option<Node>,
+    result: Option<Node>,
 }
 
 /// Pieces that an op is cut into: several for each thread, so that one which is held up does not hold up the others; one where there is
@@ -108,18 +117,20 @@ impl Ggml {
     /// # Errors
     /// [`Error::Memory`] when the caches cannot be had.
     pub fn new(model: Model, spec: CacheSpec, threads: usize, interrupt: Arc<AtomicBool>) -> Result<Self> {
-        Self::with_repacked(model, spec, threads, interrupt, Repack::Off)
+        let layers = 0..model.config.n_layer;
+        Self::part(model, spec, threads, interrupt, layers, Repack::Off)
     }
 
-    /// As [`Ggml::new`], with a repacked copy of the weights if `repack` says so.
+    /// Some layers only, with a repacked copy of their weights if `repack` says so.
     ///
     /// # Errors
     /// [`Error::Memory`] when the caches, or copies asked for, cannot be had.
-    pub fn with_repacked(
+    pub fn part(
         model: Model,
         spec: CacheSpec,
         threads: usize,
         interrupt: Arc<AtomicBool>,
+        layers: Range<usize>,
         repack: Repack,
     ) -> Result<Self> {
         let c = &model.config;
@@ -135,12 +146,17 @@ impl Ggml {
         let team = Team::new(threads)
             .map_err(|e| Error::Runtime(format!("could not start {threads} threads: {e}")))?;
         let ops = Ops::best().map_err(|e| Error::Input(e.to_string()))?;
-        let free = placement::free_memory().saturating_sub(placement::cache_bytes(c, &spec));
-        let repacked = Repacked::new(&model, repack, free, threads, ops)?;
-        let caches = Caches::new(c, &spec)?;
+        let own = placement::device_cache_bytes(c, &spec, &layers, KvDevice::Gpu);
+        let free = placement::free_memory().saturating_sub(own);
+        let repacked = Repacked::new(&model, &layers, repack, free, threads, ops)?;
+        let caches = Caches::new(c, &spec, &layers, |_, bytes| Anonymous::new(bytes))?;
+        let received = if layers.start > 0 { spec.max_rows * c.hidden } else { 0 };
         let shared = Arc::new(Shared::new(&model, &spec, pieces(threads), ops));
         let mut backend = Self {
+            layers,
             caches,
+            received: vec![0.0; received].into(),
+            received_selection: Box::default(),
             shared,
             embedding,
             vectors,
@@ -184,7 +200,7 @@ impl Ggml {
         let tables =
             PageTables { stride: self.spec.pages_per_slot, entries: vec![0; self.spec.pages_per_slot] };
         let top_k = c.indexer.map_or(0, |ix| ix.top_k);
-        crate::model::record(self, &c, &batch, &tables, routing, top_k)?;
+        record_part(self, &c, &batch, &tables, routing, top_k)?;
         self.ready()?;
         Ok(())
     }
@@ -201,9 +217,9 @@ impl Ggml {
     /// Ends the recording, if there is one, and returns the graph for the present shape.
     fn ready(&mut self) -> Result<&mut Ready> {
         let age = self.graphs.values().map(|r| r.age).max().unwrap_or(0) + 1;
-        if let Some(Recording { mut graph, x, logits, selected, queries, .. }) = self.recording.take() {
-            match logits {
-                Some(logits) => graph.keep(logits),
+        if let Some(Recording { mut graph, x, result, selected, queries, .. }) = self.recording.take() {
+            match result {
+                Some(result) => graph.keep(result),
                 None => graph.expand(x),
             }
             if self.arena.place(&mut graph)? {
@@ -213,7 +229,7 @@ impl Ggml {
                 let oldest = self.graphs.iter().min_by_key(|(_, r)| r.age).map(|(shape, _)| *shape);
                 oldest.and_then(|shape| self.graphs.remove(&shape));
             }
-            self.graphs.insert(self.shape, Ready { graph, logits, selected, queries, age });
+            self.graphs.insert(self.shape, Ready { graph, result, selected, queries, age });
         }
         let ready =
             self.graphs.get_mut(&self.shape).ok_or_else(|| Error::Runtime("no batch was begun".into()))?;
@@ -229,12 +245,12 @@ impl Backend for Ggml {
 
     fn memory(&self) -> Memory {
         Memory {
-            weights: self.model.weights.all().map(|w| w.bytes as u64).sum(),
+            weights: self.model.weights.of(self.layers.clone()).map(|w| w.bytes as u64).sum(),
             repacked: self.vectors.values().map(|v| v.len() as u64 * 4).sum::<u64>()
                 + self.repacked.as_ref().map_or(0, |r| r.bytes() as u64),
             repack_time: self.repacked.as_ref().map_or(Duration::ZERO, Repacked::time),
             cache: self.caches.bytes(),
-            scratch: self.arena.bytes() as u64 + self.shared.bytes(),
+            scratch: self.arena.bytes() as u64 + self.shared.bytes() + self.received.len() as u64 * 4,
         }
     }
 
@@ -263,7 +279,7 @@ impl Backend for Ggml {
             memory: None,
             selected: None,
             queries: KeptQueries::default(),
-            logits: None,
+            result: None,
         });
         Ok(Record::Needed)
     }
@@ -400,7 +416,7 @@ impl Backend for Ggml {
         let output = self.linear(&[&weights.output], Some(&weights.output_norm));
         let rec = self.recording();
         rec.graph.label(Stage::Logits, None);
-        rec.logits = Some(output.node(&mut rec.graph, rec.x, None));
+        rec.result = Some(output.node(&mut rec.graph, rec.x, None));
         Ok(())
     }
 
@@ -408,9 +424,9 @@ impl Backend for Ggml {
         self.ready()?;
         let ready = self.graphs.get_mut(&self.shape).expect("ready() has just put it there");
         self.runner.run(&mut ready.graph, &self.interrupt)?;
-        let Some(logits) = ready.logits else { return Ok(&[]) };
+        let Some(result) = ready.result else { return Ok(&[]) };
         // SAFETY: the node holds rows * width floats in the arena, which stays until the next run.
-        Ok(unsafe { std::slice::from_raw_parts(logits.data::<f32>(), logits.rows() * logits.width()) })
+        Ok(unsafe { std::slice::from_raw_parts(result.data::<f32>(), result.rows() * result.width()) })
     }
 
     fn set_timing(&mut self, on: bool) -> Result<()> {
@@ -456,26 +472,74 @@ impl Backend for Ggml {
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<()> {
-        self.caches.copy_page(from, to);
-        Ok(())
+        self.caches.copy_page(from, to)
     }
 
     fn read_page(&mut self, page: u32, rows: usize, out: &mut Vec<u8>) -> Result<()> {
-        self.caches.read_page(page, rows, out);
-        Ok(())
+        self.caches.read_page(page, rows, out)
     }
 
     fn write_page(&mut self, page: u32, rows: usize, bytes: &[u8]) -> Result<()> {
-        self.caches.write_page(page, rows, bytes);
-        Ok(())
+        self.caches.write_page(page, rows, bytes)
     }
 
     fn save_window(&mut self, slot: u32, len: usize) -> Result<Vec<u8>> {
-        Ok(self.caches.save_window(slot, len))
+        self.caches.save_window(slot, len)
     }
 
     fn load_window(&mut self, slot: u32, len: usize, bytes: &[u8]) -> Result<()> {
-        self.caches.load_window(slot, len, bytes);
+        self.caches.load_window(slot, len, bytes)
+    }
+}
+
+impl Part for Ggml {
+    fn layers(&self) -> Range<usize> {
+        self.layers.clone()
+    }
+
+    fn receive(&mut self, x: &[f32], kept: bool) -> Result<()> {
+        self.received[..x.len()].copy_from_slice(x);
+        let (hidden, data) = (self.model.config.hidden, self.received.as_mut_ptr());
+        if let Some(rec) = &mut self.recording {
+            // SAFETY: the array holds max_rows rows and lives as long as the backend.
+            rec.x = unsafe { rec.graph.input(g::GGML_TYPE_F32, hidden, x.len() / hidden, data.cast()) };
+            rec.kept |= kept;
+        }
         Ok(())
+    }
+
+    fn receive_selection(&mut self, selected: &[Vec<u32>]) -> Result<()> {
+        let columns = self.shape.routing.columns(self.shape.top_k);
+        if self.received_selection.len() < self.spec.max_outputs * columns {
+            self.received_selection = vec![0; self.spec.max_outputs * columns].into();
+            self.graphs.clear();
+        }
+        for (i, (to, from)) in self.received_selection.chunks_mut(columns).zip(selected).enumerate() {
+            to[..from.len()].copy_from_slice(from);
+            // SAFETY: no graph runs; there are max_outputs counts.
+            unsafe { self.shared.counts().add(i).write(from.len() as i32) };
+        }
+        let data = self.received_selection.as_mut_ptr();
+        if let Some(rec) = &mut self.recording {
+            // SAFETY: as in `receive`; graphs that point to an older array are gone.
+            let node = unsafe { rec.graph.input(g::GGML_TYPE_I32, columns, selected.len(), data.cast()) };
+            rec.selected = Some(node);
+        }
+        Ok(())
+    }
+
+    fn hand_over(&mut self) -> Result<&[f32]> {
+        if let Some(rec) = &mut self.recording {
+            rec.result = Some(rec.x);
+        }
+        self.finish()
+    }
+
+    fn read_rows(&mut self, batch: &Batch, tables: &PageTables, out: &mut Vec<u8>) -> Result<()> {
+        self.caches.read_rows(batch, tables, out)
+    }
+
+    fn write_rows(&mut self, batch: &Batch, tables: &PageTables, bytes: &[u8]) -> Result<()> {
+        self.caches.write_rows(batch, tables, bytes)
     }
 }

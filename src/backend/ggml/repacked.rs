@@ -39,26 +39,34 @@ const SAMPLE: usize = 24 << 20;
 /// Generated tokens within which repacking shall have paid for itself.
 const PAID_BACK: f64 = 100.0;
 
-/// Matrices that products read: the embedding only where it is the output, too.
-fn matrices(model: &Model) -> impl Iterator<Item = (&Weight, usize)> {
+/// Matrices that products of `layers` read: the embedding only where it is the output, too.
+fn matrices<'a>(model: &'a Model, layers: &Range<usize>) -> impl Iterator<Item = (&'a Weight, usize)> {
     let w = &model.weights;
-    let embedding = (w.output.offset != w.token_embd.offset).then_some(w.token_embd.offset);
-    w.all()
+    let output = layers.end == w.layers.len() && w.output.offset == w.token_embd.offset;
+    let embedding = (!output).then_some(w.token_embd.offset);
+    w.of(layers.clone())
         .filter(move |w| w.n_out > 1 && Some(w.offset) != embedding)
         .filter_map(|w| Some((w, matmul::repacked_bytes(w.ty, w.n_out, w.n_in)?)))
 }
 
 impl Repacked {
-    /// The copies that `repack` asks for; `free` bytes of memory are there for them.
+    /// The copies of the weights of `layers` that `repack` asks for; `free` bytes of memory are there for them.
     ///
     /// # Errors
     /// [`Error::Memory`] when they are wanted in any case and the memory is not to be had.
-    pub fn new(model: &Model, repack: Repack, free: u64, threads: usize, ops: &Ops) -> Result<Option<Self>> {
-        let bytes: usize = matrices(model).map(|(_, size)| size).sum();
+    pub fn new(
+        model: &Model,
+        layers: &Range<usize>,
+        repack: Repack,
+        free: u64,
+        threads: usize,
+        ops: &Ops,
+    ) -> Result<Option<Self>> {
+        let bytes: usize = matrices(model, layers).map(|(_, size)| size).sum();
         let wanted = match repack {
             Repack::Off => false,
             Repack::On => true,
-            Repack::Auto => bytes as u64 <= free / 2 && pays(model, ops),
+            Repack::Auto => bytes as u64 <= free / 2 && pays(model, layers, ops),
         };
         if !wanted || bytes == 0 {
             return Ok(None);
@@ -74,7 +82,7 @@ impl Repacked {
         }
         let started = Instant::now();
         let mut memory = HugePages::new(bytes).map_err(|e| error(e.to_string()))?;
-        let at = copy(model, &mut memory, threads);
+        let at = copy(model, layers, &mut memory, threads);
         Ok(Some(Self { memory, at, time: started.elapsed() }))
     }
 
@@ -95,9 +103,14 @@ impl Repacked {
 }
 
 /// Repacks every matrix to its place, which is returned.
-fn copy(model: &Model, mut memory: &mut [u8], threads: usize) -> HashMap<usize, Range<usize>> {
+fn copy(
+    model: &Model,
+    layers: &Range<usize>,
+    mut memory: &mut [u8],
+    threads: usize,
+) -> HashMap<usize, Range<usize>> {
     let (mut at, mut jobs, mut start) = (HashMap::new(), vec![], 0);
-    for (w, size) in matrices(model) {
+    for (w, size) in matrices(model, layers) {
         at.insert(w.offset, start..start + size);
         start += size;
         let n_groups = w.n_out.div_ceil(16);
@@ -124,8 +137,8 @@ fn copy(model: &Model, mut memory: &mut [u8], threads: usize) -> HashMap<usize, 
 }
 
 /// Measures, on part of the largest matrix: what repacking costs, and what a product of one row then saves.
-fn pays(model: &Model, ops: &Ops) -> bool {
-    let Some((w, _)) = matrices(model).max_by_key(|(_, size)| *size) else { return false };
+fn pays(model: &Model, layers: &Range<usize>, ops: &Ops) -> bool {
+    let Some((w, _)) = matrices(model, layers).max_by_key(|(_, size)| *size) else { return false };
     let row = w.bytes / w.n_out;
     let n_out = (SAMPLE / row).min(w.n_out) / 16 * 16;
     if n_out == 0 {

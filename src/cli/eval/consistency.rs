@@ -83,7 +83,7 @@ impl Way {
             Self::Parallel(n) => format!("-np {n}"),
             Self::Chunks(n) => format!("-ub {n}"),
             Self::Threads(n) => format!("-t {n}"),
-            Self::Device(d) => format!("--device {d:?}").to_lowercase(),
+            Self::Device(d) => format!("--device {d}"),
             Self::Forked => "in a forked sequence".into(),
             Self::Restored => "from a saved session".into(),
         }
@@ -165,7 +165,7 @@ fn compare(
     on: impl Fn(&ModelArgs, usize) -> Result<Engine>,
 ) -> Result<Agreement> {
     let same = || args.model.clone();
-    match *way {
+    match way.clone() {
         Way::Again => alone(&mut on(&same(), 1)?, traces),
         Way::Parallel(n) => together(&mut on(&same(), n)?, traces),
         Way::Chunks(n) => alone(&mut on(&ModelArgs { ubatch_size: n, ..same() }, 1)?, traces),
@@ -187,7 +187,7 @@ impl ConsistencyArgs {
         ways.extend(self.chunks.iter().map(|n| Way::Chunks(*n)));
         let threads = self.model.threads();
         ways.extend(self.thread_counts.iter().filter(|n| **n != threads).map(|n| Way::Threads(*n)));
-        ways.extend(self.devices.iter().map(|d| Way::Device(*d)));
+        ways.extend(self.devices.iter().map(|d| Way::Device(d.clone())));
         ways.extend([Way::Forked, Way::Restored]);
         ways
     }
