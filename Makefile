@@ -48,8 +48,8 @@ chat: build
 test: build-deps python
 	$(CARGO) test --release --workspace $(CARGO_FLAGS)
 	$(CARGO) test --release --test python $(CARGO_FLAGS) -- --ignored
-	$(CARGO) test --release -p ggml-kernels --features cuda-emulator --test cuda_kernels $(CARGO_FLAGS)
-	$(CARGO) test --release -p ggml-kernels --features amx-emulator --test matmul --test ops $(CARGO_FLAGS)
+	CLSA_CUDA=off $(CARGO) test --release -p ggml-kernels --features cuda-emulator --test cuda_kernels $(CARGO_FLAGS)
+	CLSA_CUDA=off $(CARGO) test --release -p ggml-kernels --features amx-emulator --test matmul --test ops $(CARGO_FLAGS)
 	$(PYTHON) tests/golden/make.py --check
 
 ## Run the slow tests (make test runs the others)
