@@ -72,6 +72,9 @@ static unpack_fn *unpacker(int type, int packed) {
 
 // ---- The op
 
+// Steps by which tiles of x are asked for before they are loaded: past the L2 cache's latency.
+#define X_AHEAD 2
+
 // acc[2 m + n] = x tile m * panel n over nb blocks: C in tiles 0 .. 3, x in 4 and 5, weights in 6 and 7. Brings lines
 // from .. to of each tile of x a block of rows further on (`ahead` bytes) to the L2 cache.
 ALWAYS_INLINE void block(const uint8_t *x, size_t x_stride, const uint8_t *w, size_t w_stride, int nb, size_t ahead,
@@ -97,6 +100,11 @@ ALWAYS_INLINE void block(const uint8_t *x, size_t x_stride, const uint8_t *w, si
         }
         if (m > 1 && n > 1)
             amx_dot_bf16(3, 5, 7);
+        for (int line = 0; line < AMX_ROWS; line++) {
+            _mm_prefetch((const char *)x + X_AHEAD * AMX_BYTES + 64 * line, _MM_HINT_T0);
+            if (m > 1)
+                _mm_prefetch((const char *)x + X_AHEAD * AMX_BYTES + x_stride + 64 * line, _MM_HINT_T0);
+        }
         for (int line = from; line < to; line++) {
             _mm_prefetch((const char *)x + ahead + 64 * line, _MM_HINT_T1);
             _mm_prefetch((const char *)x + ahead + x_stride + 64 * line, _MM_HINT_T1);

@@ -6,10 +6,15 @@
 #include "rows_impl.h"
 #include "topk_impl.h"
 
+// Bytes by which keys are asked for before they are read: past the end of a page of 4 KiB, where the prefetchers of the
+// hardware stop. Keys of neighbouring positions follow each other but at the ends of cache pages.
+#define KEYS_AHEAD 4096
+
 // Scores of the VL keys at rows[0..VL] of the (constant) type: VL partial sums each over every VL-th dimension, then
 // their tree. So many keys `together`: from memory, no more than lie within the kilobyte in which prefetchers still see
 // an order; from the first cache, all of them, for chains of multiply-adds that do not wait. It changes no result.
 ALWAYS_INLINE vf dots(const float *q, const uint8_t *const *rows, const int32_t type, const int together, int32_t d) {
+    const int32_t line = type == CLSA_F32 ? 16 : type == CLSA_F16 ? 32 : 64; // about 64 bytes of values
     vf acc[VL];
 #pragma clang loop unroll(full)
     for (int i = 0; i < VL; i += together) {
@@ -19,8 +24,12 @@ ALWAYS_INLINE vf dots(const float *q, const uint8_t *const *rows, const int32_t 
         for (int32_t j = 0; j < d; j += VL) {
             vf x = vf_load(q + j);
 #pragma clang loop unroll(full)
-            for (int l = 0; l < together; l++)
+            for (int l = 0; l < together; l++) {
+                if (together < VL && j % line == 0)
+                    _mm_prefetch((const char *)rows[i + l] + clsa_type_bytes(type, (size_t)j) + KEYS_AHEAD,
+                                 _MM_HINT_T1);
                 acc[i + l] = vf_fma(x, row_load(rows[i + l], type, j), acc[i + l]);
+            }
         }
     }
     return vf_sums(acc);

@@ -53,6 +53,26 @@ impl Deref for Mapping {
     }
 }
 
+/// Bytes of a huge page of x86-64.
+#[cfg(target_os = "linux")]
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Asks for huge pages under `bytes` bytes at `start` where the system has them: through 4 KiB pages, reading gigabytes costs a third
+/// of the bandwidth on virtual machines, and the first touch of each costs a fault. Advice: where it is refused, pages are small.
+pub fn advise_huge_pages(start: *const u8, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        let skip = start.align_offset(HUGE_PAGE);
+        let bytes = bytes.saturating_sub(skip) / HUGE_PAGE * HUGE_PAGE;
+        if bytes > 0 {
+            // SAFETY: advice changes no content, wherever it points.
+            unsafe { libc::madvise(start.wrapping_add(skip).cast_mut().cast(), bytes, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (start, bytes);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

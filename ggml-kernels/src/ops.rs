@@ -4,8 +4,13 @@
 //! thread of a team call [`Ops::run`]. That is how a ggml custom op (`ggml_custom_4d`) calls its callback; [`run_team`] does the same
 //! with threads of its own.
 use crate::contracts::*;
+use crate::mapping;
 use crate::simd::{Level, LevelError};
-use std::ffi::{c_int, c_void};
+use memmap2::{MmapMut, MmapRaw};
+use std::{
+    alloc::Layout,
+    ffi::{c_int, c_void},
+};
 
 /// A kernel: thread `ith` of `nth` does its share.
 pub type Kernel<P> = unsafe extern "C" fn(p: *const P, ith: c_int, nth: c_int, scratch: *mut c_void);
@@ -156,25 +161,25 @@ op!(clsa_topk, topk, clsa_topk_scratch);
 op!(clsa_pack, pack, clsa_pack_scratch);
 op!(clsa_matmul, matmul, clsa_matmul_scratch);
 
-/// Memory that the threads of an op share: aligned, and zero at first.
+/// Memory that the threads of an op share: on pages of its own, huge ones where the system has them, and zero at first.
 #[derive(Debug)]
 pub struct Scratch {
-    lines: Vec<std::cell::UnsafeCell<Line>>,
+    memory: MmapRaw,
+    bytes: usize,
 }
-
-#[derive(Clone, Debug)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-const _: () = assert!(align_of::<Line>() == CLSA_ALIGN as usize);
-
-// SAFETY: nothing but the kernels touches the memory, and they share it by the rules of include/clsa.h.
-unsafe impl Sync for Scratch {}
+const _: () = assert!(4096 % CLSA_ALIGN == 0, "pages are aligned to CLSA_ALIGN");
 
 impl Scratch {
     /// Room for `bytes`.
     #[must_use]
     pub fn new(bytes: usize) -> Self {
-        Self { lines: (0..bytes.div_ceil(64)).map(|_| Line([0; 64]).into()).collect() }
+        let memory = MmapMut::map_anon(bytes.max(1)).unwrap_or_else(|_| {
+            // As where a Vec finds no memory.
+            let layout = Layout::from_size_align(bytes, CLSA_ALIGN as usize);
+            std::alloc::handle_alloc_error(layout.unwrap_or(Layout::new::<[u8; 4096]>()))
+        });
+        mapping::advise_huge_pages(memory.as_ptr(), memory.len());
+        Self { memory: memory.into(), bytes }
     }
 
     /// Room for a team of `nth` threads to run `p`.
@@ -186,17 +191,17 @@ impl Scratch {
     /// Bytes held.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.lines.len() * 64
+        self.bytes
     }
 
     /// Whether it holds nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.lines.is_empty()
+        self.bytes == 0
     }
 
     pub(crate) fn as_ptr(&self) -> *mut c_void {
-        self.lines.as_ptr().cast_mut().cast()
+        self.memory.as_mut_ptr().cast()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Weights copied into the order in which the kernels want them (`CLSA_LAYOUT_GROUPS`).
 use super::matrix;
-use crate::{contracts::*, quant::Type};
+use crate::{contracts::*, mapping::advise_huge_pages, quant::Type};
 use memmap2::MmapMut;
 use std::{
     io,
@@ -62,8 +62,7 @@ pub fn repacked_matrix(
     clsa_matrix { layout: CLSA_LAYOUT_GROUPS as i32, ..matrix(ty, &w[..rows], n_out, n_in, y, y_stride) }
 }
 
-/// Zeroed memory in huge pages where the system has them: reading gigabytes through 4 KiB pages costs a third of the bandwidth on
-/// virtual machines.
+/// Zeroed memory in huge pages where the system has them.
 #[derive(Debug)]
 pub struct HugePages(MmapMut);
 
@@ -74,9 +73,7 @@ impl HugePages {
     /// The system has no such memory.
     pub fn new(bytes: usize) -> io::Result<Self> {
         let map = MmapMut::map_anon(bytes.max(1))?;
-        // Advice: where it is refused, the pages are small.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
+        advise_huge_pages(map.as_ptr(), map.len());
         Ok(Self(map))
     }
 }

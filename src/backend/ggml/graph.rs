@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ggml_kernels::ggml as g;
+use ggml_kernels::mapping::advise_huge_pages;
 
 use super::clock::{Clock, Label};
 use super::team::Team;
@@ -220,6 +221,20 @@ impl Graph {
         })
     }
 
+    /// Asks for huge pages for the buffer in which the placed nodes lie.
+    fn advise_huge_pages(&self) {
+        // SAFETY: the graph is live and placed; the buffer is the arena's, and advice changes nothing in it.
+        unsafe {
+            let n = g::ggml_graph_n_nodes(self.graph);
+            let buffers = (0..n).map(|i| (*g::ggml_graph_node(self.graph, i)).buffer);
+            if let Some(buffer) = buffers.into_iter().find(|b| !b.is_null()) {
+                let (base, bytes) =
+                    (g::ggml_backend_buffer_get_base(buffer), g::ggml_backend_buffer_get_size(buffer));
+                advise_huge_pages(base.cast_const().cast(), bytes);
+            }
+        }
+    }
+
     /// Puts a node, and all it needs, at the end of what is run.
     pub fn expand(&mut self, node: Node) {
         // SAFETY: the graph and the node are live.
@@ -263,7 +278,11 @@ impl Arena {
         if !placed {
             return Err(Error::Runtime("ggml could not place a graph in scratch memory: lower -ub".into()));
         }
-        Ok(self.bytes() != before)
+        let moved = self.bytes() != before;
+        if moved {
+            graph.advise_huge_pages();
+        }
+        Ok(moved)
     }
 }
 
