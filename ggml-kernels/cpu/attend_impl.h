@@ -32,14 +32,29 @@ struct tile {
     const uint8_t *k[TILE], *v[TILE];
 };
 
-static void find_rows(const struct attend *a, int32_t r, int32_t tile, int32_t from, int32_t end, struct tile *rows) {
-    const int32_t slot = a->batch.slot[r];
-    const uint32_t *selected = a->selected ? a->selected + (size_t)r * a->n_columns : NULL;
-    for (int32_t i = 0; i < TILE; i++) {
-        int32_t s = MAX(from, MIN(tile + i, end - 1)), pos = selected ? (int32_t)selected[s] : s;
-        rows->k[i] = clsa_row(&a->k, &a->batch, slot, pos);
-        rows->v[i] = clsa_row(&a->v, &a->batch, slot, pos);
+// Rows of keys tile + first .. tile + stop, of positions in order or of a selection.
+static void find_cache_rows(const struct clsa_rows *cache, const struct clsa_batch *batch, int32_t slot,
+                            const uint32_t *selected, int32_t tile, int32_t first, int32_t stop, const uint8_t **rows) {
+    const int32_t length = cache->ring > 0 ? cache->ring : CLSA_PAGE; // rows that lie side by side
+    for (int32_t i = first; i < stop;) {
+        const int32_t pos = selected ? (int32_t)selected[tile + i] : tile + i;
+        const int32_t n = selected ? 1 : MIN(length - pos % length, stop - i);
+        const uint8_t *row = clsa_row(cache, batch, slot, pos);
+        for (const int32_t end = i + n; i < end; row += cache->row_stride)
+            rows[i++] = row;
     }
+    for (int32_t i = 0; i < first; i++)
+        rows[i] = rows[first];
+    for (int32_t i = stop; i < TILE; i++)
+        rows[i] = rows[stop - 1];
+}
+
+// The tile of keys tile .. tile + TILE, of which those from .. end are needed (at least one).
+static void find_rows(const struct attend *a, int32_t r, int32_t tile, int32_t from, int32_t end, struct tile *rows) {
+    const int32_t slot = a->batch.slot[r], first = MAX(from - tile, 0), stop = MIN(end - tile, TILE);
+    const uint32_t *selected = a->selected ? a->selected + (size_t)r * a->n_columns : NULL;
+    find_cache_rows(&a->k, &a->batch, slot, selected, tile, first, stop, rows->k);
+    find_cache_rows(&a->v, &a->batch, slot, selected, tile, first, stop, rows->v);
 }
 
 // Asks for `bytes` bytes of a row, ahead of their use. Requests are spread over the work on the tile before: a burst of
@@ -118,14 +133,16 @@ ALWAYS_INLINE void transpose8_q8(const uint8_t *const *rows, size_t block, size_
     }
 }
 
-// K of KV head g for the tile's keys from <= i < end, as panels: d x PANEL values each. Prefetches the next tile's.
+// K of KV head g for the tile's keys from <= i < end, as panels: d x PANEL values each. Prefetches the next tile's, if
+// there is one.
 static void load_k(const struct attend *a, const struct tile *rows, const struct tile *next, int32_t g, int32_t from,
                    int32_t end, float *k) {
     const size_t d = (size_t)a->d, first = (size_t)g * d, bytes = clsa_type_bytes(a->k.type, d), at = (size_t)g * bytes;
     for (int32_t i = from / 8 * 8; i < end; i += 8) {
         const uint8_t *const *row = rows->k + i;
         for (int l = 0; l < 8; l++) {
-            prefetch(next->k[i + l] + at, bytes);
+            if (next)
+                prefetch(next->k[i + l] + at, bytes);
             if (i + 8 < TILE)
                 for (size_t b = 0; b < bytes; b += 64)
                     _mm_prefetch((const char *)row[8 + l] + at + b, _MM_HINT_T0);
@@ -351,8 +368,7 @@ static void attend_piece(const struct attend *a, struct work w, struct piece pie
         const int32_t ahead = MIN(TILE, piece.keys.end - tile - TILE); // keys of the next tile
         if (ahead > 0)
             find_rows(a, piece.row, tile + TILE, tile + TILE, tile + TILE + ahead, next);
-        else
-            *next = *now;
+        const struct tile *coming = ahead > 0 ? next : NULL;
         if (tile % CHUNK_MIN == 0)
             for (int32_t p = 0; p < pairs; p++)
                 if (tile % chunk_length(keys_of(a, piece.row + p / per_row)) == 0)
@@ -362,10 +378,11 @@ static void attend_piece(const struct attend *a, struct work w, struct piece pie
             int finite = -1;                             // not yet looked at
             const int once = p_end - p_first <= QK_ROWS; // a panel is used once: while it is in the first cache
             if (!once)
-                load_k(a, now, next, piece.g + g, tile_from - tile, tile_end - tile, w.k);
+                load_k(a, now, coming, piece.g + g, tile_from - tile, tile_end - tile, w.k);
             if (!direct)
                 for (int32_t i = tile_from - tile; i < tile_end - tile; i++) {
-                    prefetch(next->v[i] + (size_t)(piece.g + g) * v_bytes, v_bytes);
+                    if (coming)
+                        prefetch(coming->v[i] + (size_t)(piece.g + g) * v_bytes, v_bytes);
                     row_to_f32(now->v[i], a->v.type, (piece.g + g) * d, d, w.v + (size_t)i * d);
                 }
             for (int32_t p0 = p_first; p0 < p_end; p0 += QK_ROWS) {
@@ -381,7 +398,7 @@ static void attend_piece(const struct attend *a, struct work w, struct piece pie
                 const int32_t from = (hull.first - tile) / VL * VL, to = ROUND_UP(hull.end - tile, VL);
                 for (int32_t i = from / PANEL * PANEL; i < to; i += PANEL) {
                     if (once)
-                        load_k(a, now, next, piece.g + g, MAX(i, from), MIN(i + PANEL, to), w.k);
+                        load_k(a, now, coming, piece.g + g, MAX(i, from), MIN(i + PANEL, to), w.k);
                     scores_block(n, w.q + (size_t)p0 * d, w.k + (size_t)i * d, w.s + (size_t)p0 * TILE + i, d);
                 }
                 const uint8_t *const *v = direct ? now->v : converted;
@@ -405,8 +422,8 @@ static void attend_piece(const struct attend *a, struct work w, struct piece pie
                         keys.first = MAX(keys.first, tile_from), keys.end = MIN(keys.end, tile_end);
                     }
                     weigh_block(apart ? 1 : MIN(PV_ROWS, n - i), w.s + (size_t)(p0 + i) * TILE, alpha + i, v,
-                                direct && i == 0 ? next->v : NULL, type, first, d, keys.first - tile, keys.end - tile,
-                                w.chunk + (p0 + i) * state + STATE_OUT);
+                                direct && i == 0 && coming ? coming->v : NULL, type, first, d, keys.first - tile,
+                                keys.end - tile, w.chunk + (p0 + i) * state + STATE_OUT);
                 }
             }
         }

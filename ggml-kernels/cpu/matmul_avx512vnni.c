@@ -1,8 +1,8 @@
 // matmul.h with AVX-512 and VNNI.
 //
-// One row: the unpackers feed the dot products directly, so that each weight byte is read once and written nowhere.
-// More rows: 16 outputs at a time are unpacked into a panel that stays in the L2 cache, and tiles of TILE rows are
-// multiplied with it. Lane o of every vector is output o, so both ways do the same operations in the same order.
+// Up to FEW_ROWS rows: the unpackers feed the dot products directly, so that each weight byte is read once and written
+// nowhere. More rows: 16 outputs at a time are unpacked into a panel that stays in the L2 cache, and tiles of TILE rows
+// are multiplied with it. Lane o of every vector is output o, so both ways do the same operations in the same order.
 #include "matmul_isa_avx512vnni.h"
 #include "matmul_unpack.h"
 #include "matmul_vector.h"
@@ -30,10 +30,13 @@ static void pack_q8(const struct clsa_pack *p, const float *x, float inv, int ro
         const __m128i q0 = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v_mul(v[0], id)));
         const __m128i q1 = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v_mul(v[1], id)));
         const __m256i q = _mm256_inserti128_si256(_mm256_castsi128_si256(q0), q1, 1);
-        int32_t words[8], sums[8];
+        int32_t words[8];
         _mm256_storeu_si256((__m256i *)words, q);
-        _mm256_storeu_si256((__m256i *)sums, _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q));
-        const int32_t lo = sums[0] + sums[1] + sums[2] + sums[3], hi = sums[4] + sums[5] + sums[6] + sums[7];
+        // Sums of the halves: biased to unsigned bytes, whose differences from 0 add up to 64 bits.
+        const __m256i sad = _mm256_sad_epu8(_mm256_xor_si256(q, _mm256_set1_epi8((char)0x80)), _mm256_setzero_si256());
+        const __m128i sad0 = _mm256_castsi256_si128(sad), sad1 = _mm256_extracti128_si256(sad, 1);
+        const int32_t lo = _mm_cvtsi128_si32(sad0) + _mm_extract_epi32(sad0, 2) - 16 * 128;
+        const int32_t hi = _mm_cvtsi128_si32(sad1) + _mm_extract_epi32(sad1, 2) - 16 * 128;
         for (int k = 0; k < 8; k++)
             memcpy(t.q + (((size_t)b * 8 + k) * h + r) * 4, &words[k], 4);
         if (!finite)

@@ -50,30 +50,39 @@ static tile_fn *const tiles[4][TILE] = {MM_ROW(S32) MM_ROW(M32) MM_ROW(S16) MM_R
 
 // ---- Per type and layout: unpacking into a panel, and the products with 1 .. SINK_ROWS rows
 
-typedef void unpack_fn(struct src w, int nb, struct sink *to);
+// Where a group's weights go: into a panel, or into the products with the rows of x.
+struct goal {
+    uint8_t *panel;
+    struct q8_tile x;
+    const uint8_t *ahead;
+};
+
+// acc: [rows][16]
+typedef void unpack_fn(struct src w, int nb, const struct goal *to, float *acc);
 #define MM_UNPACK(name, rows, packed)                                                                                  \
-    static void name##_##rows##_##packed(struct src w, int nb, struct sink *to) {                                      \
-        struct sink local = *to;                                                                                       \
+    static void name##_##rows##_##packed(struct src w, int nb, const struct goal *to, float *acc) {                    \
+        struct sink local;                                                                                             \
+        local.panel = to->panel, local.x = to->x, local.ahead = to->ahead;                                             \
         for (int r = 0; r < rows; r++)                                                                                 \
             local.acc[r] = v_zero();                                                                                   \
         unpack_##name(w, nb, &local, rows, packed);                                                                    \
         for (int r = 0; r < rows; r++)                                                                                 \
-            to->acc[r] = local.acc[r];                                                                                 \
+            v_store(acc + r * GROUP, local.acc[r]);                                                                    \
     }
-#if FEW_TILE == 4
-#define MM_UNPACKERS(name)                                                                                             \
-    MM_UNPACK(name, 0, 0)                                                                                              \
-    MM_UNPACK(name, 1, 0)                                                                                              \
-    MM_UNPACK(name, 2, 0)                                                                                              \
-    MM_UNPACK(name, 3, 0)                                                                                              \
-    MM_UNPACK(name, 4, 0)                                                                                              \
-    MM_UNPACK(name, 0, 1) MM_UNPACK(name, 1, 1) MM_UNPACK(name, 2, 1) MM_UNPACK(name, 3, 1) MM_UNPACK(name, 4, 1)
-#define MM_ROWS(name, packed)                                                                                          \
-    {name##_0_##packed, name##_1_##packed, name##_2_##packed, name##_3_##packed, name##_4_##packed}
+#if FEW_TILE == 8
+#define MM_EACH(X, name, packed)                                                                                       \
+    X(name, 0, packed)                                                                                                 \
+    X(name, 1, packed)                                                                                                 \
+    X(name, 2, packed)                                                                                                 \
+    X(name, 3, packed)                                                                                                 \
+    X(name, 4, packed)                                                                                                 \
+    X(name, 5, packed) X(name, 6, packed) X(name, 7, packed) X(name, 8, packed)
 #else
-#define MM_UNPACKERS(name) MM_UNPACK(name, 0, 0) MM_UNPACK(name, 1, 0) MM_UNPACK(name, 0, 1) MM_UNPACK(name, 1, 1)
-#define MM_ROWS(name, packed) {name##_0_##packed, name##_1_##packed}
+#define MM_EACH(X, name, packed) X(name, 0, packed) X(name, 1, packed)
 #endif
+#define MM_UNPACKERS(name) MM_EACH(MM_UNPACK, name, 0) MM_EACH(MM_UNPACK, name, 1)
+#define MM_POINTER(name, rows, packed) name##_##rows##_##packed,
+#define MM_ROWS(name, packed) {MM_EACH(MM_POINTER, name, packed)}
 MM_QUANTIZED(MM_UNPACKERS)
 
 static unpack_fn *unpacker(int type, int packed, int rows) {
@@ -105,10 +114,8 @@ static void group_tile(const struct clsa_matrix *m, const struct group *g, int l
         tiles[mm_kind_of(m->type)][rows - 1](panel, &x, nb, acc);
         return;
     }
-    struct sink to = {.x = x, .ahead = g->w + (last ? 0 : GROUP * g->row_bytes)};
-    unpacker(m->type, g->packed, rows)((struct src){g->w, g->row_bytes}, nb, &to);
-    for (int r = 0; r < rows; r++)
-        v_store(acc + r * GROUP, to.acc[r]);
+    const struct goal to = {.x = x, .ahead = g->w + (last ? 0 : GROUP * g->row_bytes)};
+    unpacker(m->type, g->packed, rows)((struct src){g->w, g->row_bytes}, nb, &to, acc);
 }
 
 // Groups from .. to of `n_mat` matrices (two: gate and up) for all rows.
@@ -127,8 +134,8 @@ static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, i
             for (int m = 0; m < n_mat; m++)
                 if (!mm_is_float(mat[m].type)) {
                     const struct group at = group_of(&mat[m], n_in, first + g, scratch->rows);
-                    struct sink sink = {.panel = scratch->panel + (size_t)g * (size[0] + size[1]) + m * size[0]};
-                    unpacker(mat[m].type, at.packed, 0)((struct src){at.w, at.row_bytes}, nb, &sink);
+                    const struct goal to = {.panel = scratch->panel + (size_t)g * (size[0] + size[1]) + m * size[0]};
+                    unpacker(mat[m].type, at.packed, 0)((struct src){at.w, at.row_bytes}, nb, &to, NULL);
                 }
         const int n_tiles = (n_rows + most - 1) / most;
         for (int i = 0; i < n_tiles * count; i++) {

@@ -83,7 +83,7 @@ ALWAYS_INLINE enum mm_kind mm_kind_of(int32_t type) {
 // Rows of a tile; of up to FEW_ROWS rows, which are multiplied with the weights directly and not with panels of them.
 #define TILE 12
 #ifndef FEW_ROWS
-#define FEW_TILE 4
+#define FEW_TILE 8
 #define FEW_ROWS 8
 #endif
 ALWAYS_INLINE int tile_rows(int n_rows) { return n_rows <= FEW_ROWS ? FEW_TILE : TILE; }
