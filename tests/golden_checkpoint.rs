@@ -63,7 +63,9 @@ fn answers(dir: &Path, device: Device, longest: usize) {
             let of_top: Vec<f32> = want.top20_ids.iter().map(|&i| logits[i]).collect();
             let difference = relative_difference(&of_top, &want.top20_logits);
             println!("{what}: largest relative logit difference {difference:.1e}");
-            assert!(difference < 1e-3, "{what}: {difference:.1e}");
+            // The GPU's products round F32 activations less finely.
+            let most = if device == Device::Cuda { 2e-3 } else { 1e-3 };
+            assert!(difference < most, "{what}: {difference:.1e}");
             assert_eq!(greedy_after(&mut engine, seq, &logits, want.greedy32.len()), want.greedy32, "{what}");
         }
     }
@@ -87,14 +89,35 @@ fn the_reference_gives_the_golden_answers() {
 
 #[test]
 #[ignore = "slow: needs CLSA_GOLDEN_CHECKPOINT, see make golden"]
+fn the_gpu_gives_the_golden_answers() {
+    if let (Some(dir), Some(_gpu)) = (checkpoint(), gpu()) {
+        answers(&dir, Device::Cuda, usize::MAX);
+    }
+}
+
+#[test]
+#[ignore = "slow: needs CLSA_GOLDEN_CHECKPOINT, see make golden"]
 fn routing_selects_the_golden_positions() {
-    let Some(dir) = checkpoint() else { return };
-    let model = convert(&dir, "F32").open();
+    if let Some(dir) = checkpoint() {
+        selections(&dir, Device::Ggml);
+    }
+}
+
+#[test]
+#[ignore = "slow: needs CLSA_GOLDEN_CHECKPOINT, see make golden"]
+fn routing_on_the_gpu_selects_the_golden_positions() {
+    if let (Some(dir), Some(_gpu)) = (checkpoint(), gpu()) {
+        selections(&dir, Device::Cuda);
+    }
+}
+
+fn selections(dir: &Path, device: Device) {
+    let model = convert(dir, "F32").open();
     let text = std::fs::read_to_string(dir.join("golden_topk.json")).expect("golden_topk.json");
     let selected: Vec<Selected> = serde_json::from_str(&text).expect("selected positions");
-    for (golden, want) in goldens(&dir).iter().zip(&selected) {
+    for (golden, want) in goldens(dir).iter().zip(&selected) {
         assert_eq!(golden.name, want.name);
-        let mut engine = engine(&model, Device::Ggml, &options(Routing::Clsa));
+        let mut engine = engine(&model, device, &options(Routing::Clsa));
         let seq = engine.create().expect("a sequence");
         for (end, positions) in
             [(want.mid_pos, &want.mid_selected), (golden.token_ids.len() - 1, &want.last_selected)]
@@ -105,7 +128,11 @@ fn routing_selects_the_golden_positions() {
             }
             let got = engine.selection(0).expect("a selection");
             let common = got.iter().filter(|p| positions.binary_search(p).is_ok()).count();
-            println!("{}, position {end}: {common} of {} positions", golden.name, positions.len());
+            println!(
+                "{device:?}, {}, position {end}: {common} of {} positions",
+                golden.name,
+                positions.len()
+            );
             assert_eq!(got.len(), positions.len(), "{}", golden.name);
             // Two orders of summation may swap positions whose scores tie within rounding.
             assert!(positions.len() - common <= positions.len() / 256, "{}: {common}", golden.name);
