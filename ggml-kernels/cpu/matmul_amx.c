@@ -75,17 +75,29 @@ static unpack_fn *unpacker(int type, int packed) {
 // Steps by which tiles of x are asked for before they are loaded: past the L2 cache's latency.
 #define X_AHEAD 2
 
-// acc[2 m + n] = x tile m * panel n over nb blocks: C in tiles 0 .. 3, x in 4 and 5, weights in 6 and 7. Brings lines
-// from .. to of each tile of x a block of rows further on (`ahead` bytes) to the L2 cache.
+// The sums of 2 x 2 tiles, [2 m + n]: where they start from (NULL: zero) and where they go, 16 rows of 16 f32 each.
+struct sums {
+    const float *from[4];
+    float *to[4];
+    size_t from_stride, to_stride; // bytes from row to row
+};
+
+// to[2 m + n] = from[2 m + n] + x tile m * panel n over nb blocks: sums in tiles 0 .. 3, x in 4 and 5, weights in 6 and
+// 7. Brings lines first .. end of each tile of x a block of rows further on (`ahead` bytes) to the L2 cache.
 ALWAYS_INLINE void block(const uint8_t *x, size_t x_stride, const uint8_t *w, size_t w_stride, int nb, size_t ahead,
-                         int from, int to, float (*acc)[AMX_ROWS * GROUP], int m, int n) {
-    amx_zero(0);
-    if (n > 1)
-        amx_zero(1);
-    if (m > 1)
-        amx_zero(2);
-    if (m > 1 && n > 1)
-        amx_zero(3);
+                         int first, int end, const struct sums *sums, int m, int n) {
+#define MM_SUM(t, used)                                                                                                \
+    if (used) {                                                                                                        \
+        if (sums->from[t])                                                                                             \
+            amx_load(t, sums->from[t], sums->from_stride);                                                             \
+        else                                                                                                           \
+            amx_zero(t);                                                                                               \
+    }
+    MM_SUM(0, 1)
+    MM_SUM(1, n > 1)
+    MM_SUM(2, m > 1)
+    MM_SUM(3, m > 1 && n > 1)
+#undef MM_SUM
     for (int b = 0; b < nb; b++, x += AMX_BYTES, w += AMX_BYTES) {
         amx_load(6, w, 64);
         amx_load(4, x, 64);
@@ -105,26 +117,26 @@ ALWAYS_INLINE void block(const uint8_t *x, size_t x_stride, const uint8_t *w, si
             if (m > 1)
                 _mm_prefetch((const char *)x + X_AHEAD * AMX_BYTES + x_stride + 64 * line, _MM_HINT_T0);
         }
-        for (int line = from; line < to; line++) {
+        for (int line = first; line < end; line++) {
             _mm_prefetch((const char *)x + ahead + 64 * line, _MM_HINT_T1);
             _mm_prefetch((const char *)x + ahead + x_stride + 64 * line, _MM_HINT_T1);
         }
     }
-    amx_store(0, acc[0], 64);
+    amx_store(0, sums->to[0], sums->to_stride);
     if (n > 1)
-        amx_store(1, acc[1], 64);
+        amx_store(1, sums->to[1], sums->to_stride);
     if (m > 1)
-        amx_store(2, acc[2], 64);
+        amx_store(2, sums->to[2], sums->to_stride);
     if (m > 1 && n > 1)
-        amx_store(3, acc[3], 64);
+        amx_store(3, sums->to[3], sums->to_stride);
 }
 
 typedef void block_fn(const uint8_t *x, size_t x_stride, const uint8_t *w, size_t w_stride, int nb, size_t ahead,
-                      int from, int to, float (*acc)[AMX_ROWS * GROUP]);
+                      int first, int end, const struct sums *sums);
 #define MM_BLOCK(m, n)                                                                                                 \
     static void block_##m##_##n(const uint8_t *x, size_t x_stride, const uint8_t *w, size_t w_stride, int nb,          \
-                                size_t ahead, int from, int to, float(*acc)[AMX_ROWS * GROUP]) {                       \
-        block(x, x_stride, w, w_stride, nb, ahead, from, to, acc, m, n);                                               \
+                                size_t ahead, int first, int end, const struct sums *sums) {                           \
+        block(x, x_stride, w, w_stride, nb, ahead, first, end, sums, m, n);                                            \
     }
 MM_BLOCK(1, 1)
 MM_BLOCK(1, 2)
@@ -132,18 +144,78 @@ MM_BLOCK(2, 1)
 MM_BLOCK(2, 2)
 static block_fn *const blocks[2][2] = {{block_1_1, block_1_2}, {block_2_1, block_2_2}};
 
-// Where the results of two tiles of x and two panels go. mat: one matrix and two groups of it, or gate and up and one
-// group. Adds `add` of the matrix.
-static void hand_out(const struct clsa_matrix *mat, int n_mat, const struct group *at, int n, int row, int n_rows,
-                     float (*acc)[AMX_ROWS * GROUP]) {
-    for (int m = 0; m < 2 && row + m * AMX_ROWS < n_rows; m++) {
-        const int first = row + m * AMX_ROWS, rows = MIN(AMX_ROWS, n_rows - first);
-        for (int i = 0; i < n; i++)
-            close_up(&at[i], acc[2 * m + i], rows);
+// A block's results: `m` tiles of rows from `row` on, `n` groups: of one matrix, or gate and up of one group.
+struct results {
+    const struct clsa_matrix *mat;
+    struct group at[2];
+    int m, n, row, n_rows;
+};
+
+// Whether whole tiles lie in y as they come.
+static int is_whole(const struct results *r) {
+    for (int i = 0; i < r->n; i++)
+        if (r->at[i].skip || r->at[i].lanes < GROUP)
+            return 0;
+    return r->row + r->m * AMX_ROWS <= r->n_rows;
+}
+
+static struct sums in_place(const struct results *r) {
+    const struct clsa_matrix *mat = r->mat;
+    struct sums s = {.from_stride = 4 * mat->add_stride, .to_stride = 4 * mat->y_stride};
+    for (int m = 0; m < r->m; m++)
+        for (int i = 0; i < r->n; i++) {
+            const size_t row = (size_t)(r->row + m * AMX_ROWS), first = (size_t)r->at[i].first;
+            s.to[2 * m + i] = mat->y + row * mat->y_stride + first;
+            if (mat->add)
+                s.from[2 * m + i] = mat->add + row * mat->add_stride + first;
+        }
+    return s;
+}
+
+// By way of acc, where what is to be added stands already.
+static struct sums by_way_of(float (*acc)[AMX_ROWS * GROUP], const struct results *r, int with_add) {
+    struct sums s = {.from_stride = 4 * GROUP, .to_stride = 4 * GROUP};
+    for (int t = 0; t < 4; t++)
+        s.to[t] = acc[t];
+    if (!with_add || !r->mat->add)
+        return s;
+    memset(acc, 0, 4 * sizeof *acc);
+    for (int t = 0; t < 4; t++)
+        s.from[t] = acc[t];
+    for (int m = 0; m < r->m; m++)
+        for (int i = 0; i < r->n; i++) {
+            const struct group *at = &r->at[i];
+            const int first = r->row + m * AMX_ROWS, rows = MIN(AMX_ROWS, r->n_rows - first);
+            for (int row = 0; row < rows; row++)
+                memcpy(acc[2 * m + i] + row * GROUP + at->skip,
+                       r->mat->add + (size_t)(first + row) * r->mat->add_stride + at->first + at->skip,
+                       sizeof(float) * (size_t)(at->lanes - at->skip));
+        }
+    return s;
+}
+
+// Form BF16 of 16 rows of a group of outputs. Rows past the last one are zeros, since those of x are.
+static void pack_group(const struct clsa_matmul *p, const struct group *at, const float *acc, int row) {
+    uint8_t *out = bf16_tile(p->y_packed, p->x.n_rows, p->mat[0].n_out, CLSA_FORM_BF16, row / AMX_ROWS) +
+                   (size_t)(at->first / 32) * AMX_BYTES + (size_t)(at->first % 32) * 2;
+    for (int r = 0; r < AMX_ROWS; r++)
+        _mm256_store_si256((__m256i *)(out + 64 * r), (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(acc + GROUP * r)));
+}
+
+// From acc to where results belong.
+static void hand_out(const struct clsa_matmul *p, const struct results *r, int n_mat, float (*acc)[AMX_ROWS * GROUP]) {
+    for (int m = 0; m < r->m; m++) {
+        const int first = r->row + m * AMX_ROWS, rows = MIN(AMX_ROWS, r->n_rows - first);
         if (n_mat == 2)
-            swiglu(acc[2 * m], acc[2 * m + 1], rows * GROUP);
-        for (int i = 0; i < (n_mat == 2 ? 1 : n); i++)
-            store_group(mat, &at[i], acc[2 * m + i], first, rows, n_mat == 1);
+            swiglu(acc[2 * m], acc[2 * m + 1], AMX_ROWS * GROUP);
+        if (n_mat == 2 && p->y_packed) {
+            pack_group(p, &r->at[0], acc[2 * m], first);
+            continue;
+        }
+        for (int i = 0; i < (n_mat == 2 ? 1 : r->n); i++) {
+            close_up(&r->at[i], acc[2 * m + i], rows);
+            store_group(r->mat, &r->at[i], acc[2 * m + i], first, rows, 0);
+        }
     }
 }
 
@@ -164,14 +236,16 @@ static void panel_product(const struct clsa_matmul *p, const struct clsa_matrix 
         // The next rows of x, a part with each unit; past the end, these rows.
         const size_t ahead = row + 2 * AMX_ROWS < n_rows ? 2 * x_stride : 0;
         for (int u = 0; u < units; u++) {
-            const int n = MIN(2, panels - 2 * u), m = row + AMX_ROWS < n_rows ? 2 : 1;
-            struct group at[2];
+            struct results r = {mat, {{0}}, row + AMX_ROWS < n_rows ? 2 : 1, MIN(2, panels - 2 * u), row, n_rows};
+            for (int i = 0; i < r.n; i++)
+                r.at[i] = group_of(&mat[(2 * u + i) % n_mat], n_in, first + (2 * u + i) / n_mat, scratch->rows);
             _Alignas(64) float acc[4][AMX_ROWS * GROUP];
-            for (int i = 0; i < n; i++)
-                at[i] = group_of(&mat[(2 * u + i) % n_mat], n_in, first + (2 * u + i) / n_mat, scratch->rows);
-            blocks[m - 1][n - 1](x, x_stride, scratch->panel + 2 * u * panel_bytes, panel_bytes, nb, ahead,
-                                 16 * u / units, 16 * (u + 1) / units, acc);
-            hand_out(mat, n_mat, at, n, row, n_rows, acc);
+            const int direct = n_mat == 1 && is_whole(&r);
+            const struct sums sums = direct ? in_place(&r) : by_way_of(acc, &r, n_mat == 1);
+            blocks[r.m - 1][r.n - 1](x, x_stride, scratch->panel + 2 * u * panel_bytes, panel_bytes, nb, ahead,
+                                     16 * u / units, 16 * (u + 1) / units, &sums);
+            if (!direct)
+                hand_out(p, &r, n_mat, acc);
         }
     }
 }

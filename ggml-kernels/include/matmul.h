@@ -78,6 +78,9 @@ struct clsa_matmul {
     struct clsa_pack x;
     int32_t n_mat;
     int32_t epilogue; // enum clsa_epilogue
+    // SWIGLU of rows of form BF16, n_out a multiple of 32: where the results go instead of mat[0].y, rounded and laid
+    // out as clsa_pack leaves form BF16, of which they have clsa_packed_bytes(n_rows, n_out), aligned to CLSA_ALIGN.
+    uint8_t *y_packed;
     struct clsa_matrix mat[CLSA_MAX_MATRICES];
 };
 

@@ -189,6 +189,18 @@ pub(crate) fn check_matmul(p: &clsa_matmul) -> Check {
         p.n_mat
     );
     ensure!(!swiglu || p.mat[0].n_out == p.mat[1].n_out, "gate and up differ in their outputs");
+    if !p.y_packed.is_null() {
+        ensure!(
+            swiglu && p.x.forms == CLSA_FORM_BF16 as i32 && p.mat[0].n_out % 32 == 0,
+            "packed results of {} outputs from forms {}: of whole blocks of gate and up, from form BF16 alone",
+            p.mat[0].n_out,
+            p.x.forms
+        );
+        ensure!(
+            p.y_packed.addr().is_multiple_of(CLSA_ALIGN as usize),
+            "packed results are not aligned to {CLSA_ALIGN}"
+        );
+    }
     for (i, m) in p.mat[..p.n_mat as usize].iter().enumerate() {
         let ty = u32::try_from(m.type_).ok().and_then(Type::from_ggml);
         let Some(ty) = ty else { return Err(format!("matrix {i}: type {}", m.type_)) };
@@ -204,7 +216,7 @@ pub(crate) fn check_matmul(p: &clsa_matmul) -> Check {
             "matrix {i}: layout {} of {ty}",
             m.layout
         );
-        let result = i == 0 || !swiglu;
+        let result = (i == 0 || !swiglu) && p.y_packed.is_null();
         ensure!(
             !result || (!m.y.is_null() && m.y_stride >= m.n_out as usize),
             "matrix {i}: y is null or its rows overlap"

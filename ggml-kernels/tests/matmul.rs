@@ -7,12 +7,13 @@ use ggml_kernels::{
     quant::{self, Type},
 };
 use proptest::prelude::*;
+use std::cell::RefCell;
 
 const EPS: f32 = 1e-5;
 
 #[derive(Clone)]
 #[repr(align(64))]
-struct Line(#[allow(dead_code)] [u8; 64]);
+struct Line([u8; 64]);
 
 /// Pseudo-random values with a few large ones, as activations have; deterministic.
 fn values(n: usize, seed: u64) -> Vec<f32> {
@@ -68,6 +69,8 @@ struct Call<'a> {
     pack: bool,
     /// Repacked weights.
     groups: bool,
+    /// Results in form BF16, where the rows are.
+    y_packed: Option<&'a RefCell<Vec<Line>>>,
 }
 
 fn forms(ops: &Ops, call: &Call, rows: usize) -> i32 {
@@ -111,6 +114,11 @@ fn product(ops: &Ops, call: &Call, x: &[f32], rows: usize, nth: usize) -> Vec<Ve
         if let Some(add) = call.add {
             (m.add, m.add_stride) = (add.as_ptr(), add.len() / rows);
         }
+    }
+    if let Some(y) = call.y_packed.filter(|_| forms == CLSA_FORM_BF16 as i32) {
+        let mut y = y.borrow_mut();
+        *y = vec![Line([0x7f; 64]); matmul::packed_bytes(rows, call.mats[0].n_out, forms).div_ceil(64)];
+        (p.y_packed, p.mat[0].y) = (y.as_mut_ptr().cast(), std::ptr::null_mut());
     }
     run(ops, &p, nth);
     if call.swiglu {
@@ -236,6 +244,7 @@ proptest! {
             swiglu,
             pack,
             groups,
+            ..Default::default()
         };
         for ops in Ops::all() {
             compare(ops, &call, &x, rows, nth);
@@ -286,6 +295,41 @@ proptest! {
             let from = from.min(rows - 32);
             let part = product(ops, &Call { groups: true, ..call }, &x[from * n_in..], rows - from, 1);
             prop_assert_eq!(&part[0][..], &all[0][from * n_out..], "{} {} rows {}..{}", ops.level, ty, from, rows);
+        }
+    }
+}
+
+/// Results that are packed at once are, bit by bit, those that `pack` makes of the results.
+#[test]
+fn packed_results_are_those_of_pack() {
+    for (rows, n_out, nth) in [(32, 32, 1), (49, 96, 3), (64, 64, 2), (97, 160, 4)] {
+        let n_in = 512;
+        let x = values(rows * n_in, 1);
+        let (gate, up) = (Weights::new(Type::Q4_K, n_out, n_in, 2), Weights::new(Type::Q6_K, n_out, n_in, 3));
+        for ops in Ops::all() {
+            let packed = RefCell::new(vec![]);
+            let call =
+                Call { mats: vec![&gate, &up], swiglu: true, groups: rows % 2 == 0, ..Default::default() };
+            let y = product(ops, &call, &x, rows, nth);
+            product(ops, &Call { y_packed: Some(&packed), ..call.clone() }, &x, rows, nth);
+            let forms = forms(ops, &call, rows);
+            if forms != CLSA_FORM_BF16 as i32 {
+                continue;
+            }
+            let mut wanted = vec![Line([0; 64]); packed.borrow().len()];
+            let pack = clsa_pack {
+                n_rows: rows as i32,
+                n_in: n_out as i32,
+                forms,
+                x: y[0].as_ptr(),
+                x_stride: n_out,
+                packed: wanted.as_mut_ptr().cast(),
+                ..Default::default()
+            };
+            run(ops, &pack, 1);
+            let (wanted, got): (Vec<_>, Vec<_>) =
+                (wanted.iter().map(|l| l.0).collect(), packed.borrow().iter().map(|l| l.0).collect());
+            assert!(wanted == got, "{}: {rows} rows, {n_out} outputs, {nth} threads", ops.level);
         }
     }
 }
@@ -427,6 +471,7 @@ fn checks_name_what_is_wrong() {
     wrong("0 matrices", &|p| p.n_mat = 0);
     wrong("1 matrices", &|p| p.epilogue = CLSA_EPILOGUE_SWIGLU as i32);
     wrong("gate and up", &|p| (p.n_mat, p.epilogue) = (2, CLSA_EPILOGUE_SWIGLU as i32));
+    wrong("packed results of 4 outputs", &|p| p.y_packed = 64 as *mut u8);
     wrong("layout 2", &|p| p.mat[0].layout = 2);
     wrong("type 99", &|p| p.mat[0].type_ = 99);
     wrong("no weights", &|p| p.mat[0].w = std::ptr::null());

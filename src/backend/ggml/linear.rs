@@ -4,7 +4,8 @@ use std::ptr;
 use std::sync::Arc;
 
 use ggml_kernels::contracts::{
-    CLSA_EPILOGUE_NONE, CLSA_EPILOGUE_SWIGLU, CLSA_MAX_MATRICES, clsa_matmul, clsa_matrix, clsa_pack,
+    CLSA_EPILOGUE_NONE, CLSA_EPILOGUE_SWIGLU, CLSA_FORM_BF16, CLSA_MAX_MATRICES, clsa_matmul, clsa_matrix,
+    clsa_pack,
 };
 use ggml_kernels::ggml as g;
 use ggml_kernels::matmul;
@@ -58,22 +59,64 @@ impl Linear {
 
     /// The products of the rows of `x`. The result holds `[rows][n_out]` of one product after the other; with `add`, `add + W x`.
     pub fn node(self, graph: &mut Graph, x: Node, add: Option<Node>) -> Node {
+        let packed = self.packed(graph, x);
+        self.product(graph, x.rows(), Some(x), packed, add)
+    }
+
+    /// `next` of these products: as two nodes, but rows that `next` reads rounded to bf16 never stand in memory unrounded.
+    pub fn then(self, next: Self, graph: &mut Graph, x: Node, add: Option<Node>) -> Node {
+        let (rows, n_out) = (x.rows(), self.matrices[0].n_out);
+        let tiles = |l: &Self| l.pack(rows, ptr::null(), ptr::null_mut()).forms == CLSA_FORM_BF16 as i32;
+        let joined = self.swiglu && tiles(&self) && tiles(&next) && n_out.is_multiple_of(32);
+        if !joined || next.norm.is_some() || next.probe.is_some() {
+            let y = self.node(graph, x, None);
+            return next.node(graph, y, add);
+        }
+        let packed = self.packed(graph, x);
+        // SAFETY: nodes are recorded while no graph runs.
+        unsafe {
+            self.shared.grow_scratch(&self.op(rows, ptr::null(), ptr::null_mut(), ptr::null_mut(), None))
+        };
+        let floats = next.packed_floats(rows);
+        let sources: Vec<_> = [Some(x), packed].into_iter().flatten().collect();
+        let y = graph.custom(g::GGML_TYPE_F32, floats, 1, &sources, move |dst, sources, ith, nth| {
+            let mut op = self.op(rows, sources[0].data(), aligned(sources[1].data()), ptr::null_mut(), None);
+            op.y_packed = aligned(dst.data());
+            // SAFETY: as in `product`; the destination has room for the packed rows and their alignment.
+            unsafe { self.shared.run(&op, ith, nth) }
+        });
+        next.product(graph, rows, None, Some(y), add)
+    }
+
+    /// The packed rows of `x`, if the product wants an op of its own for that.
+    fn packed(&self, graph: &mut Graph, x: Node) -> Option<Node> {
         debug_assert_eq!(x.width(), self.n_in);
-        let rows = x.rows();
         self.probe_node(graph, x);
-        let packed = (rows > self.private_rows()).then(|| self.pack_node(graph, x));
+        (x.rows() > self.private_rows()).then(|| self.pack_node(graph, x))
+    }
+
+    /// The products of `rows` rows: of x, of packed ones, or of both.
+    fn product(
+        self,
+        graph: &mut Graph,
+        rows: usize,
+        x: Option<Node>,
+        packed: Option<Node>,
+        add: Option<Node>,
+    ) -> Node {
         let width =
             if self.swiglu { self.matrices[0].n_out } else { self.matrices.iter().map(|m| m.n_out).sum() };
         // SAFETY: nodes are recorded while no graph runs.
         unsafe {
             self.shared.grow_scratch(&self.op(rows, ptr::null(), ptr::null_mut(), ptr::null_mut(), None))
         };
-        let sources: Vec<_> = [Some(x), packed, add].into_iter().flatten().collect();
-        let (has_pack, has_add) = (packed.is_some(), add.is_some());
+        let sources: Vec<_> = [x, packed, add].into_iter().flatten().collect();
+        let (has_x, has_pack, has_add) = (x.is_some(), packed.is_some(), add.is_some());
         graph.custom(g::GGML_TYPE_F32, width, rows, &sources, move |dst, sources, ith, nth| {
-            let packed = if has_pack { aligned(sources[1].data()) } else { ptr::null_mut() };
+            let x = if has_x { sources[0].data::<f32>().cast_const() } else { ptr::null() };
+            let packed = if has_pack { aligned(sources[usize::from(has_x)].data()) } else { ptr::null_mut() };
             let add = has_add.then(|| sources[sources.len() - 1].data::<f32>().cast_const());
-            let op = self.op(rows, sources[0].data(), packed, dst.data(), add);
+            let op = self.op(rows, x, packed, dst.data(), add);
             // SAFETY: sources and destination have the shapes of the contract by construction of the node; weights lie in the map.
             unsafe { self.shared.run(&op, ith, nth) }
         })
@@ -103,7 +146,7 @@ impl Linear {
         let pack = self.pack(x.rows(), ptr::null(), ptr::null_mut());
         // SAFETY: nodes are recorded while no graph runs.
         unsafe { self.shared.grow_scratch(&pack) };
-        let floats = matmul::packed_bytes(x.rows(), self.n_in, pack.forms).div_ceil(4) + ALIGN_FLOATS;
+        let floats = self.packed_floats(x.rows());
         let me =
             Self { matrices: self.matrices.clone(), shared: Arc::clone(&self.shared), probe: None, ..*self };
         graph.custom(g::GGML_TYPE_F32, floats, 1, &[x], move |dst, sources, ith, nth| {
@@ -111,6 +154,12 @@ impl Linear {
             // SAFETY: the destination has room for the packed rows and their alignment.
             unsafe { me.shared.run(&pack, ith, nth) }
         })
+    }
+
+    /// Floats that hold the packed form of `rows` rows, wherever they begin.
+    fn packed_floats(&self, rows: usize) -> usize {
+        let forms = self.pack(rows, ptr::null(), ptr::null_mut()).forms;
+        matmul::packed_bytes(rows, self.n_in, forms).div_ceil(4) + ALIGN_FLOATS
     }
 
     fn pack(&self, rows: usize, x: *const f32, packed: *mut u8) -> clsa_pack {
@@ -151,6 +200,7 @@ impl Linear {
             n_mat: self.matrices.len() as i32,
             epilogue: if self.swiglu { CLSA_EPILOGUE_SWIGLU } else { CLSA_EPILOGUE_NONE } as i32,
             mat,
+            ..clsa_matmul::default()
         }
     }
 }

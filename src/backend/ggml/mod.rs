@@ -322,8 +322,7 @@ impl Backend for Ggml {
         let down = self.linear(&[&ffn.down], None);
         let rec = self.recording();
         rec.graph.label(Stage::FeedForward, Some(i));
-        let y = gate_up.node(&mut rec.graph, rec.x, None);
-        rec.x = down.node(&mut rec.graph, y, Some(rec.x));
+        rec.x = gate_up.then(down, &mut rec.graph, rec.x, Some(rec.x));
         Ok(())
     }
 
