@@ -23,8 +23,8 @@ fn python(script: &str, args: &[&Path]) -> Output {
     output
 }
 
-/// Lists a file with the package and compares metadata, names, types, shapes and all values with ours.
-fn assert_package_agrees(path: &Path) {
+/// Lists a file with the package and compares names, types, shapes and all values with ours. Returns the metadata it found.
+fn assert_tensors_agree(path: &Path) -> Value {
     let values = path.with_extension("bin");
     let listed: Value =
         serde_json::from_slice(&python("dequantize.py", &[path, &values]).stdout).expect("JSON");
@@ -46,8 +46,14 @@ fn assert_package_agrees(path: &Path) {
         at += 4 * ours.len();
     }
     assert_eq!(at, theirs.len());
-    let metadata = &listed["metadata"];
+    let metadata = listed["metadata"].clone();
     assert_eq!(metadata.as_object().unwrap().len(), file.metadata().count());
+    metadata
+}
+
+/// The same of a model, and its metadata.
+fn assert_package_agrees(path: &Path) {
+    let (metadata, file) = (assert_tensors_agree(path), File::open(path).unwrap());
     assert_eq!(metadata["general.architecture"], file.require::<&str>("general.architecture").unwrap());
     for key in ["tokenizer.ggml.tokens", "tokenizer.ggml.merges", "clsa.checksum.xxh3"] {
         assert_eq!(metadata[key], serde_json::json!(file.require::<Vec<&str>>(key).unwrap()), "{key}");
@@ -84,4 +90,38 @@ fn we_read_what_the_safetensors_package_writes() {
     python("checkpoint.py", &[Path::new("write"), &checkpoint]);
     let model = common::convert(&checkpoint, "F32");
     python("checkpoint.py", &[Path::new("check"), &checkpoint, &model.path()]);
+}
+
+#[test]
+#[ignore = "needs .venv: make python"]
+fn the_gguf_package_reads_an_importance_matrix() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("imatrix.gguf");
+    let model = common::convert(&common::golden_dir("yoco-clsa"), "F16");
+    let text = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
+    let output = Command::new(env!("CARGO_BIN_EXE_clsa"))
+        .args(["imatrix", "--device", "cpu", "-t", "1", "-c", "64", "--chunks", "2", "-f", text, "-m"])
+        .args([&model.path(), Path::new("-o"), &path])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata = assert_tensors_agree(&path);
+    for (key, value) in [
+        ("general.type", serde_json::json!("imatrix")),
+        ("imatrix.chunk_count", 2.into()),
+        ("imatrix.chunk_size", 64.into()),
+        ("imatrix.datasets", serde_json::json!([text])),
+    ] {
+        assert_eq!(metadata[key], value, "{key}");
+    }
+    let (file, weights) = (File::open(&path).unwrap(), File::open(model.path()).unwrap());
+    for name in ["blk.0.attn_q.weight", "blk.1.ffn_down.weight"] {
+        let of = |kind: &str| file.tensor(&format!("{name}.{kind}")).unwrap();
+        assert_eq!(
+            of("in_sum2").shape[0],
+            weights.tensor(name).unwrap().shape[0],
+            "{name}: one sum for each column"
+        );
+        assert_eq!(of("counts").n_elements(), 1, "{name}");
+    }
 }
