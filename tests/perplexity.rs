@@ -69,16 +69,20 @@ fn runs_go_on_where_they_were_cut_off() {
     let args = ["-m", &model, "-f", &text, "-c", "64", "--json", "--routing", "clsa,dense"];
     let with = |more: &[&str]| ok(&[&args[..], more].concat());
     let whole = with(&["--limit", "3"]);
-    // The state is of three windows: a limit is part of the text.
-    with(&["--limit", "3", "--state", &state]);
+    // A limit grows with the same state.
+    assert_eq!(with(&["--limit", "1", "--state", &state])[0]["windows"], 1);
+    assert_same(&with(&["--limit", "3", "--state", &state]), &whole);
     let lines: Vec<String> =
         std::fs::read_to_string(&state).expect("a state file").lines().map(str::to_owned).collect();
     assert_eq!(lines.len(), 7);
     std::fs::write(&state, format!("{}\n{}", lines[..3].join("\n"), &lines[3][..20])).expect("written");
     assert_same(&with(&["--limit", "3", "--state", &state]), &whole);
     assert_eq!(std::fs::read_to_string(&state).expect("a state file").lines().count(), 7);
-    let other = clsa(&[&args[..], &["--limit", "2", "--state", &state]].concat());
+    assert_eq!(with(&["--limit", "2", "--state", &state])[1]["windows"], 2);
+    let other = clsa(&[&args[..], &["--score-last", "5", "--state", &state]].concat());
     assert_eq!(other.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&other.stderr).contains("first"), "{other:?}");
+    assert_eq!(clsa(&[&args[..], &["--limit", "0"]].concat()).status.code(), Some(2));
     // A reference that was cut off ends up the same.
     let one = ["-m", &model, "-f", &text, "-c", "64", "--limit", "3", "--json"];
     ok(&[&one[..], &["--kl-base", &base]].concat());

@@ -114,8 +114,8 @@ const INK: RGBColor = RGBColor(31, 35, 40);
 const FAINT: RGBColor = RGBColor(89, 99, 110);
 const GRID: RGBColor = RGBColor(216, 222, 228);
 
-/// Lines stand out from white paper and from a dark page alike, and differ in brightness too.
-const COLOURS: [RGBColor; 8] = [
+/// Colours of lines, the first for a baseline: they stand out from white paper and from a dark page alike, and differ in brightness too.
+pub(crate) const COLOURS: [RGBColor; 8] = [
     RGBColor(130, 138, 147),
     RGBColor(214, 118, 22),
     RGBColor(47, 124, 238),

@@ -5,19 +5,10 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use crate::bench::plot::COLOURS;
 use crate::error::{Error, Result};
 
 const FONT: &str = "sans-serif";
-
-/// Colours of lines, told apart also by their lightness.
-const LINES: [RGBColor; 6] = [
-    RGBColor(31, 90, 160),
-    RGBColor(230, 120, 20),
-    RGBColor(40, 140, 70),
-    RGBColor(190, 40, 50),
-    RGBColor(130, 90, 180),
-    RGBColor(100, 100, 100),
-];
 
 /// A table of numbers by column and row.
 #[derive(Clone, Debug, Default)]
@@ -123,7 +114,8 @@ impl Curves {
                 .y_label_formatter(&|y| format!("{:.0} %", 100.0 * y))
                 .draw()?;
             for (i, (name, points)) in self.lines.iter().enumerate() {
-                let colour = LINES[i % LINES.len()];
+                // No line here is a baseline.
+                let colour = COLOURS[1 + i % (COLOURS.len() - 1)];
                 let style = colour.stroke_width(2);
                 chart
                     .draw_series(LineSeries::new(points.iter().copied(), style))?

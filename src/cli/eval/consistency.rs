@@ -55,8 +55,9 @@ pub struct ConsistencyArgs {
     results: ResultArgs,
 }
 
-/// What sums in another order may come to, in logits (docs/evaluation.md).
-const TOLERANCE: f64 = 0.01;
+/// What sums in another order may come to, in logits, with activations rounded to bf16 (AMX) or f16 (GPUs): twice what was measured
+/// (docs/evaluation.md).
+const TOLERANCE: f64 = 0.1;
 
 fn tolerance(text: &str) -> Result<f64, String> {
     let parsed = text.parse().ok().filter(|x: &f64| x.is_finite() && *x >= 0.0);
@@ -251,7 +252,7 @@ fn table(
     writeln!(out)?;
     writeln!(
         out,
-        "| way                  | same tokens | largest difference | first other token    | within {:.1e} |",
+        "| way                  | same tokens | largest difference | first other token    | within {:<7} |",
         args.tolerance
     )?;
     writeln!(

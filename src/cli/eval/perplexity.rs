@@ -34,7 +34,7 @@ pub struct PerplexityArgs {
     /// The text; not needed with --kl, whose file has the tokens
     #[arg(short, long, value_name = "FILE", required_unless_present = "kl")]
     file: Option<PathBuf>,
-    /// Windows (of -c tokens each, 2048 without it) at most, for a quick look
+    /// Windows (of -c tokens each, 2048 without it) at most, for a quick look; more later go on with the same --state
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
     /// Score only the last N positions of each window, not its second half: quick at great depths
@@ -70,13 +70,16 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
     if modes.len() > 1 && args.kl_base.is_some() {
         return Err(Error::Input("--kl-base saves the logits of one routing mode: give one".into()));
     }
+    if args.limit == Some(0) {
+        return Err(Error::Input("--limit 0: nothing to measure: give at least one window".into()));
+    }
     let base = args.kl.as_deref().map(|path| Reader::open(path, model.config.vocab)).transpose()?;
     let last = args.score_last.map(|n| n as usize);
     let cut = match &base {
         Some(base) => base.cut(),
         None => Windows {
             len: if args.model.ctx_size == 0 { WINDOW } else { args.model.ctx_size },
-            limit: args.limit,
+            limit: None,
             last,
         },
     };
@@ -88,8 +91,10 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         (None, Some(file)) => read_tokens(&model, file)?,
         (None, None) => vec![],
     };
-    let windows = Windows { limit: args.limit, ..cut }.cut(&tokens)?;
+    // A state is of the whole text, so that a limit can grow.
+    let mut windows = cut.cut(&tokens)?;
     let mut state = State::open(args.state.as_deref(), &args.settings(&model, cut, &windows))?;
+    windows.truncate(args.limit.unwrap_or(usize::MAX));
     if !state.is_empty() {
         eprintln!("{} windows are done already", state.len());
     }

@@ -238,6 +238,11 @@ impl Run<'_> {
                 model.config.context_length
             );
         }
+        let count = |s: &Sample| Ok(prompter.tokens(s)?.len());
+        // Lengths that a task does not fit are told before hours of others.
+        for &spec in &self.rows {
+            sample(spec, lengths[0], 0, self.samples.seed, &self.sources, count)?;
+        }
         let stop = interrupt::requested()?;
         let mut engine = None;
         let mut scores = Scores {
@@ -259,7 +264,6 @@ impl Run<'_> {
                         bar.reset_eta();
                     } else {
                         interrupt::check(&stop)?;
-                        let count = |s: &Sample| Ok(prompter.tokens(s)?.len());
                         let sample = sample(spec, len, index, self.samples.seed, &self.sources, count)?;
                         let tokens = prompter.tokens(&sample)?;
                         let engine = match &mut engine {
