@@ -68,10 +68,10 @@ golden: build-deps python
 	CLSA_GOLDEN_CHECKPOINT="$$dir" $(CARGO) test --release --test golden_checkpoint $(CARGO_FLAGS) -- --include-ignored --nocapture \
 	    --test-threads 1
 
-# Measures the tables of docs/quality.md again: CHECKPOINT=DIR; goes on where it was cut off (target/quality). About half an hour on two cores.
+# Measures the tables of docs/quality.md again: CHECKPOINT=DIR; goes on where it was cut off (target/quality). About an hour on two cores.
 quality: build python
 	@if [ -z "$(CHECKPOINT)" ]; then echo "make quality needs CHECKPOINT=DIR: the checkpoint folder" >&2; exit 2; fi
-	$(PYTHON) tools/quality --checkpoint "$(CHECKPOINT)" --clsa $(CLSA) --write
+	$(PYTHON) tools/quality --checkpoint "$(CHECKPOINT)" --clsa $(CLSA) --jobs $$(nproc) --write
 
 ## Check formatting and lints of Rust, C and CUDA sources
 lint: build-deps
