@@ -243,8 +243,7 @@ impl Engine {
     pub fn fork(&mut self, from: SeqId) -> Result<SeqId> {
         let to = self.create()?;
         let len = self.len(from);
-        let window = self.backend.save_window(from.0, len)?;
-        self.backend.load_window(to.0, len, &window)?;
+        self.backend.copy_window(from.0, to.0, len)?;
         let pages = self.sequence(from).pages.clone();
         pages.iter().for_each(|&p| self.pool.share(p));
         let checkpoints = (self.sequence(from).checkpoints.iter())

@@ -255,6 +255,18 @@ impl<S: Store> Caches<S> {
         }
         Ok(())
     }
+
+    /// [`super::Backend::copy_window`]
+    pub fn copy_window(&mut self, from: u32, to: u32, len: usize) -> Result<()> {
+        let alive = self.alive(len);
+        for rows in self.windows.iter_mut().flat_map(|(k, v)| [k, v]) {
+            let pieces = |slot| ring(&rows.view, slot, alive.clone());
+            for (from, to) in pieces(from).into_iter().zip(pieces(to)) {
+                rows.memory.copy_within(from.start, to.start, from.len())?;
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

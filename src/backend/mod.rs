@@ -252,6 +252,11 @@ pub trait Backend: Send {
     fn save_window(&mut self, slot: u32, len: usize) -> Result<Vec<u8>>;
     /// The reverse of [`Self::save_window`], into any slot.
     fn load_window(&mut self, slot: u32, len: usize, bytes: &[u8]) -> Result<()>;
+    /// Gives slot `to` the windows of slot `from`, of a sequence of `len` positions.
+    fn copy_window(&mut self, from: u32, to: u32, len: usize) -> Result<()> {
+        let window = self.save_window(from, len)?;
+        self.load_window(to, len, &window)
+    }
 }
 
 fn no_queries(device: &str) -> Error {

@@ -353,4 +353,8 @@ impl Backend for Split {
         }
         Ok(())
     }
+
+    fn copy_window(&mut self, from: u32, to: u32, len: usize) -> Result<()> {
+        self.parts.iter_mut().try_for_each(|held| held.part.copy_window(from, to, len))
+    }
 }

@@ -489,6 +489,10 @@ impl Backend for Ggml {
     fn load_window(&mut self, slot: u32, len: usize, bytes: &[u8]) -> Result<()> {
         self.caches.load_window(slot, len, bytes)
     }
+
+    fn copy_window(&mut self, from: u32, to: u32, len: usize) -> Result<()> {
+        self.caches.copy_window(from, to, len)
+    }
 }
 
 impl Part for Ggml {
