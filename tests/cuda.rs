@@ -399,3 +399,73 @@ fn a_real_model_says_the_same_on_both() {
         assert_eq!(same, 256, "chunks of {chunk}");
     }
 }
+
+/// `clsa batch` on the GPU: lines of the results by id.
+fn batch_results(folder: &std::path::Path, jobs: &[&str], more: &[&str]) -> Result<Vec<String>, String> {
+    let path = |name: &str| folder.join(name);
+    let _ = std::fs::remove_file(path("results.jsonl"));
+    std::fs::write(path("jobs.jsonl"), jobs.join("\n")).expect("jobs");
+    let done = std::process::Command::new(env!("CARGO_BIN_EXE_clsa"))
+        .args(["batch", "--device", "cuda", "--no-timings", "--quiet", "-m"])
+        .arg(path("tiny.gguf"))
+        .arg("-i")
+        .arg(path("jobs.jsonl"))
+        .arg("-o")
+        .arg(path("results.jsonl"))
+        .args(more)
+        .env_remove("CLSA_CACHE_DIR")
+        .output()
+        .expect("clsa batch");
+    if !done.status.success() {
+        return Err(String::from_utf8_lossy(&done.stderr).into_owned());
+    }
+    let text = std::fs::read_to_string(path("results.jsonl")).expect("results");
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    lines.sort_unstable();
+    Ok(lines)
+}
+
+/// Products of few and of many rows take different kernels on a GPU. `--deterministic` holds that off: neither the other jobs in the file,
+/// nor their order, nor an interruption (after which fewer are left) change an answer.
+#[test]
+fn deterministic_batches_depend_on_no_other_job() {
+    let Some(_gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let made = std::process::Command::new(env!("CARGO_BIN_EXE_clsa"))
+        .args(["synth", "clsa-tiny", "--type", "Q4_K_M", "--seed", "3", "-o"])
+        .arg(folder.path().join("tiny.gguf"))
+        .output()
+        .expect("clsa synth");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    // Beginnings that several share, prompts of few rows and of several micro-batches, greedy answers and drawn ones.
+    let document: String = (0..60).map(|i| format!("line {i} of a document. ")).collect();
+    let jobs: Vec<String> = (0..16)
+        .map(|i| {
+            let shared = if i % 2 == 0 { document.as_str() } else { "" };
+            let own = "x y ".repeat(1 + i * 31 % 97);
+            let params = serde_json::json!({ "temperature": f64::from(u8::from(i % 5 == 4)) });
+            let max = 20 + i * 13 % 60;
+            let prompt = format!("{shared}{own}Question {i}?");
+            serde_json::json!({ "id": i, "prompt": prompt, "max_tokens": max, "params": params }).to_string()
+        })
+        .collect();
+    let jobs: Vec<&str> = jobs.iter().map(String::as_str).collect();
+    let run = |jobs: &[&str], more: &[&str]| batch_results(folder.path(), jobs, more);
+    let alone = ["--deterministic", "-ub", "256"];
+    let whole = run(&jobs, &alone).expect("results");
+    assert_eq!(whole.len(), 16);
+    let reversed: Vec<&str> = jobs.iter().rev().copied().collect();
+    assert_eq!(run(&reversed, &alone).expect("results"), whole);
+    for (i, job) in jobs.iter().enumerate().step_by(3) {
+        let result = run(&[job], &alone).expect("a result");
+        assert!(whole.contains(&result[0]), "job {i}: {} alone", result[0]);
+    }
+    let together = run(&jobs, &["-np", "16", "-ub", "256"]).expect("results");
+    let same = together.iter().filter(|line| whole.contains(line)).count();
+    println!("{same} of 16 answers are the same with 16 sequences at a time");
+    // What cannot hold beside it is refused.
+    for more in [&["-np", "2"][..], &["--cache-dir", "cache"]] {
+        let refused = run(&jobs, &[&alone[..], more].concat()).expect_err("a contradiction");
+        assert!(refused.contains("--deterministic"), "{refused}");
+    }
+}

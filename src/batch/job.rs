@@ -1,5 +1,6 @@
 //! Job lines: OpenAI batch lines, and a plain form.
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -334,8 +335,14 @@ fn document(document: Document, folder: &Path, read: &mut Documents) -> Result<A
     }
     let failed = |e: std::io::Error| {
         // What is there but no text stays so.
-        let later = e.kind() != std::io::ErrorKind::InvalidData;
-        Problem { what: format!("document {}: {e}", path.display()), later }
+        let later = e.kind() != ErrorKind::InvalidData;
+        let why = match e.kind() {
+            ErrorKind::NotFound => "no such file: put it back".to_owned(),
+            ErrorKind::IsADirectory => "it is a folder: name the files in it".to_owned(),
+            ErrorKind::InvalidData => "it is not UTF-8 text".to_owned(),
+            _ => e.to_string(),
+        };
+        Problem { what: format!("document {}: {why}", path.display()), later }
     };
     let text: Arc<str> = std::fs::read_to_string(&path).map_err(failed)?.into();
     read.insert(path, Arc::clone(&text));

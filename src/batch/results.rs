@@ -238,6 +238,7 @@ fn open_ai(id: &str, outcome: &Result<Outcome, String>) -> Value {
                 FinishReason::Interrupted => "cancelled",
             };
             let mut body = json!({
+                "id": format!("chatcmpl-{id}"),
                 "object": "chat.completion",
                 "choices": [{
                     "index": 0,
@@ -253,7 +254,7 @@ fn open_ai(id: &str, outcome: &Result<Outcome, String>) -> Value {
             if let Some(t) = &o.timings {
                 body["timings"] = json!(t);
             }
-            json!({ "id": format!("batch_req_{id}"), "custom_id": id, "response": { "status_code": 200, "body": body }, "error": null })
+            json!({ "id": format!("batch_req_{id}"), "custom_id": id, "response": { "status_code": 200, "request_id": id, "body": body }, "error": null })
         }
         Err(e) => json!({
             "id": format!("batch_req_{id}"), "custom_id": id, "response": null,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 use ggml_kernels::cuda;
+use ggml_kernels::simd::Level;
 use indicatif::HumanDuration;
 
 use super::grammar::GrammarArgs;
@@ -52,7 +53,8 @@ pub struct BatchArgs {
     /// Tokens to generate for jobs that do not say
     #[arg(short = 'n', long, value_name = "N", default_value_t = 512)]
     n_predict: usize,
-    /// One job at a time, and no shared prefixes: results on a GPU depend on nothing else then. On the CPU they never do
+    /// Results depend on nothing but their jobs, to the last bit. Where kernels differ with the number of rows (on a GPU, or with AMX)
+    /// that means one job at a time without shared prefixes; elsewhere it is so anyway
     #[arg(long)]
     deterministic: bool,
     /// Keep shared prefixes and documents in this folder for later runs
@@ -113,6 +115,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
         _ => Error::Io { path: args.input.clone(), source: e },
     })?;
     let names = args.names(&text)?;
+    let alone = args.alone()?;
     let model = args.model.open()?;
     let tokenizer = Arc::new(Tokenizer::from_gguf(&model.file)?);
     // Only jobs with messages need one; they say so when it is missing or broken.
@@ -121,14 +124,8 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     let (jobs, bad) = args.read(&text, &names, &model, &results)?;
     drop(text);
     let finished = names.len() - jobs.len() - bad.len();
-    let (plan, failed) = Plan::new(
-        jobs,
-        &tokenizer,
-        &template,
-        model.config.vocab,
-        !args.deterministic,
-        args.cache_dir.is_some(),
-    );
+    let (plan, failed) =
+        Plan::new(jobs, &tokenizer, &template, model.config.vocab, !alone, args.cache_dir.is_some());
     let (later, mut bad): (Vec<_>, Vec<_>) = bad.into_iter().partition(|b| b.later);
     bad.extend(failed.into_iter().map(|(job, what)| BadLine {
         id: job.id,
@@ -139,17 +136,53 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     if args.dry_run {
         return args.describe(&model, &plan, bad.len() + later.len(), finished, leave);
     }
+    args.note(&plan, finished, bad.len());
     args.work(&model, tokenizer, plan, results, &bad, (&finish, leave))?;
     match later.first() {
         None => Ok(()),
         Some(BadLine { id, what, .. }) => Err(Error::Runtime(format!(
-            "{} jobs were not done, the first one, \"{id}\", for {what}: put it back, and the same command goes on with them",
+            "{} jobs were not done, the first one, \"{id}\", for {what}; the same command then goes on with them",
             later.len()
         ))),
     }
 }
 
 impl BatchArgs {
+    /// Whether each job must run alone to give the bits that it gives alone.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when that contradicts other arguments.
+    fn alone(&self) -> Result<bool> {
+        let gpu = match &self.model.device {
+            Device::Cuda(_) => true,
+            Device::Auto => backend::cuda::availability().is_ok(),
+            Device::Cpu | Device::Reference => false,
+        };
+        let amx = !matches!(self.model.device, Device::Reference) && Level::chosen() == Ok(Level::Amx);
+        if !self.deterministic || !(gpu || amx) {
+            return Ok(false);
+        }
+        let (here, other) = match gpu {
+            true => ("on a GPU", "use --device cpu"),
+            false => ("with AMX", "set CLSA_SIMD=avx512"),
+        };
+        if self.parallel > 1 {
+            return Err(Error::Input(format!(
+                "--deterministic is one job at a time {here}, where products of few and of many rows differ in their last bits, and -np \
+                 is {}: leave one of the two out, or {other}",
+                self.parallel
+            )));
+        }
+        if let Some(folder) = &self.cache_dir {
+            return Err(Error::Input(format!(
+                "--deterministic {here} takes no prompts from {}: continued from there, they are cut into other micro-batches, whose \
+                 products differ in their last bits: leave --cache-dir (or CLSA_CACHE_DIR) out, or {other}",
+                folder.display()
+            )));
+        }
+        Ok(true)
+    }
+
     /// The ids of all lines.
     fn names(&self, text: &str) -> Result<Vec<String>> {
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
@@ -191,6 +224,26 @@ impl BatchArgs {
             }
         }
         Ok((jobs, bad))
+    }
+
+    /// Says what is known before the first job runs, beside the number of jobs.
+    fn note(&self, plan: &Plan, finished: usize, bad: usize) {
+        if self.quiet || self.log_json {
+            return;
+        }
+        let output = self.output.display();
+        if bad > 0 {
+            eprintln!("note: {bad} lines are no jobs that can be done: their results in {output} say why");
+        }
+        match plan.jobs.len() {
+            0 if finished > 0 => {
+                eprintln!("note: nothing is left to do: {finished} jobs have their results in {output}")
+            }
+            left if finished > 0 => {
+                eprintln!("note: {finished} jobs have their results in {output}, {left} are left")
+            }
+            _ => {}
+        }
     }
 
     /// Does the jobs; when that fails nothing is lost, and what to do is said.
@@ -264,7 +317,7 @@ impl BatchArgs {
             n => n,
         };
         let base = self.base(model, context);
-        let mut n = match (self.deterministic, self.parallel) {
+        let mut n = match (self.alone()?, self.parallel) {
             (true, _) => 1,
             (false, 0) => plan.parallel(context, &base, &model.config, self.budget(model)),
             (false, n) => n.min(base.max_rows),
