@@ -55,7 +55,7 @@ pub struct BenchArgs {
     /// Prompt tokens handed over at a time, each time with the logits of the last one; 0: the whole prompt
     #[arg(short = 'b', long, value_name = "LIST", default_value = "0")]
     batch_size: Numbers,
-    /// Rows of a micro-batch (-ub); 0: 512, on a GPU 4096
+    /// Rows of a micro-batch (-ub); 0: 512, with AMX 2048, on a GPU 4096
     #[arg(long, value_name = "LIST", default_value = "0")]
     ubatch_size: Numbers,
     /// Threads; 0: one for each core

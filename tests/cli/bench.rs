@@ -155,6 +155,38 @@ fn batches_and_micro_batches_make_rows_of_their_own() {
 }
 
 #[test]
+fn threads_sequences_caches_and_answers_to_prompts_make_rows_of_their_own() {
+    let folder = Folder::with_model();
+    let lists =
+        ["-t", "1-2", "-np", "1,3", "-ctk", "f16,q8_0", "-ctv", "f16,q8_0", "-pg", "16,4", "-pg", "8,2"];
+    let more = ["-p", "0", "-n", "3", "--device", "cpu", "-ngl", "0", "-o", "jsonl"];
+    let rows = rows(&bench(&folder, &[&lists[..], &more].concat()).stdout);
+    // Two counts of threads, two types of keys and two of values; in each, three tests of one and of three sequences.
+    assert_eq!(rows.len(), 2 * 2 * 2 * 3 * 2);
+    let different =
+        |name: &str| rows.iter().map(|r| r[name].to_string()).collect::<std::collections::BTreeSet<_>>();
+    for (name, values) in [("n_threads", 2), ("n_sequences", 2), ("type_k", 2), ("type_v", 2), ("series", 8)]
+    {
+        assert_eq!(different(name).len(), values, "{name}: {:?}", different(name));
+    }
+    for (row, shape) in rows.iter().zip([(0, 3), (16, 4), (8, 2)].into_iter().cycle()) {
+        assert_eq!(
+            (row["n_prompt"].as_u64(), row["n_gen"].as_u64()),
+            (Some(shape.0), Some(shape.1)),
+            "{row}"
+        );
+        // Tokens of all sequences over the time of all of them.
+        let tokens = ((shape.0 + shape.1) * row["n_sequences"].as_u64().expect("a number")) as f64;
+        let samples =
+            row["samples_s"].as_array().expect("samples").iter().map(|s| s.as_f64().expect("seconds"));
+        let rate = samples.map(|s| tokens / s).sum::<f64>() / 2.0;
+        assert!((row["avg_ts"].as_f64().expect("a rate") / rate - 1.0).abs() < 1e-9, "{row}");
+    }
+    let model = folder.model();
+    output(["bench", "-m", &model, "-pg", "16"]).assert_fails(2, &["-pg 16", "two numbers"]);
+}
+
+#[test]
 fn limits_and_breakdowns_stand_beside_the_rates() {
     let folder = Folder::with_model();
     let said = bench(
