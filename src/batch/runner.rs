@@ -198,6 +198,8 @@ impl<'a> Runner<'a> {
                 ));
             }
             self.step()?;
+            #[cfg(test)]
+            self.check_reserved();
             if self.progress.due() {
                 let state = self.state();
                 self.progress.show(&state);
@@ -259,6 +261,14 @@ impl<'a> Runner<'a> {
     /// Jobs that run, and prefixes on their way: some job waits for each.
     fn slots_taken(&self) -> usize {
         self.active.len()
+    }
+
+    /// What is reserved for running sequences is there.
+    #[cfg(test)]
+    fn check_reserved(&self) {
+        let reserved: usize = self.active.iter().map(|s| s.reserved).sum();
+        let free = self.engine.free_pages();
+        assert!(reserved <= free, "{reserved} pages are reserved, and {free} are free");
     }
 
     fn pages_left(&self) -> usize {

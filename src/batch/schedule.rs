@@ -50,6 +50,20 @@ mod tests {
         assert_eq!(rows(&[a(1000, 0)], 16), [16]);
     }
 
+    /// Short prompts that come for ever take half of a micro-batch at most from the oldest one.
+    #[test]
+    fn the_oldest_prompt_advances_whatever_comes_after() {
+        let (mut left, mut steps) = (1000, 0);
+        while left > 0 {
+            steps += 1;
+            let new = |i| Active { prompt_left: 20, age: 8 * steps + i };
+            let active: Vec<Active> =
+                (0..8).map(|i| if i == 3 { Active { prompt_left: left, age: 0 } } else { new(i) }).collect();
+            left -= rows(&active, 64)[3];
+        }
+        assert_eq!(steps, 1000_u64.div_ceil(32));
+    }
+
     #[test]
     fn shared_pages_are_not_counted_twice() {
         assert_eq!(pages_needed(PAGE * 4, 0), 4);
