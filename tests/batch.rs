@@ -386,6 +386,12 @@ fn formats_of_answers_hold_and_bad_ones_are_results() {
         }
     }
     assert!(ended >= 8, "{ended} answers ended");
+    // One on the command line that is wrong is no result of every job.
+    let output = work.dir.path().join("wrong.jsonl");
+    let done = work.command(&output, &["--grammar", "start: ("]).output().expect("clsa batch");
+    let (code, said) = code_and_error(&done);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("grammar") && !output.exists(), "{said}");
     assert_eq!(work.run("one.jsonl", &["--parallel", "1"]), results);
 }
 

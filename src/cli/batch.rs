@@ -29,6 +29,7 @@ use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::Model;
 use crate::placement;
+use crate::sampler::GrammarCompiler;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 
@@ -118,6 +119,10 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     let alone = args.alone()?;
     let model = args.model.open()?;
     let tokenizer = Arc::new(Tokenizer::from_gguf(&model.file)?);
+    // One for all jobs: what is wrong with it must not become the result of each.
+    if let Some(grammar) = args.grammar.grammar()? {
+        GrammarCompiler::new(&tokenizer)?.compile(&grammar)?;
+    }
     // Only jobs with messages need one; they say so when it is missing or broken.
     let template = ChatTemplate::from_gguf(&model.file, &tokenizer);
     let results = Results::open(&args.output, args.ordered.then(|| names.clone()))?;
