@@ -58,8 +58,6 @@ fn nvcc() -> Result<PathBuf, String> {
 fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, String)>, String> {
     let archs = env::var("CLSA_CUDA_ARCHS").unwrap_or_else(|_| ARCHS.into());
     let sources = sorted("cuda", "cu");
-    let newest_header =
-        sorted("cuda", "cuh").iter().chain(&sorted("include", "h")).map(|p| modified(p)).max();
     let jobs: Vec<(PathBuf, PathBuf)> = sources
         .iter()
         .map(|s| (s.clone(), out.join(s.file_name().expect("file name")).with_extension("fatbin")))
@@ -67,9 +65,7 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, String)>, String>
     let stale: Vec<&(PathBuf, PathBuf)> = jobs
         .iter()
         .filter(|(source, fatbin)| {
-            let built = modified(fatbin);
-            built < modified(source)
-                || Some(built) < newest_header
+            modified(fatbin) < newest(source, &mut vec![])
                 || fs::read_to_string(fatbin.with_extension("archs")).ok().as_deref() != Some(&archs)
         })
         .collect();
@@ -124,6 +120,21 @@ fn sorted(dir: &str, extension: &str) -> Vec<PathBuf> {
         entries.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == extension)).collect();
     paths.sort();
     paths
+}
+
+/// When `source`, or any of our headers that it includes, was last changed.
+fn newest(source: &Path, seen: &mut Vec<PathBuf>) -> std::time::SystemTime {
+    let mut time = modified(source);
+    let text = fs::read_to_string(source).unwrap_or_default();
+    for name in text.lines().filter_map(|l| l.strip_prefix("#include \"")?.split('"').next()) {
+        let header =
+            ["cuda", "include"].map(|dir| Path::new(dir).join(name)).into_iter().find(|p| p.is_file());
+        if let Some(header) = header.filter(|h| !seen.contains(h)) {
+            seen.push(header.clone());
+            time = time.max(newest(&header, seen));
+        }
+    }
+    time
 }
 
 fn modified(path: &Path) -> std::time::SystemTime {

@@ -10,12 +10,12 @@ __device__ __forceinline__ DecodeShape shape_of(const clsa_attention &op) {
 }
 
 template <int TK, int TV, int D> __device__ __forceinline__ void attention_decode(const clsa_attention_cuda &p) {
-    grid_begin();
+    grid_wait();
     decode_attention<TK, TV, D>(shape_of(p.op), p.split, CachedSource(p.op, blockIdx.z), GivenQueries());
 }
 
 template <int CHUNKS, int HEADS> __device__ __forceinline__ void attention_decode_any(const clsa_attention_cuda &p) {
-    grid_begin();
+    grid_wait();
     const CachedSource source(p.op, blockIdx.z);
     decode_attention_any<CHUNKS, HEADS>(shape_of(p.op), p.split, source, GivenQueries(), p.op.k.type, p.op.v.type);
 }
@@ -23,7 +23,7 @@ template <int CHUNKS, int HEADS> __device__ __forceinline__ void attention_decod
 // rope_append and attention in one, for rows of as many sequences.
 template <int TK, int TV, int D> __device__ __forceinline__ void attention_append(const clsa_append_attention_cuda &p) {
     CLSA_DYNAMIC_SHARED(shared);
-    grid_begin();
+    grid_wait();
     const AppendedQueries queries{p.append, reinterpret_cast<float *>(shared)};
     decode_attention<TK, TV, D>(shape_of(p.op), p.split, CachedSource(p.op, blockIdx.z), queries);
 }
@@ -31,7 +31,7 @@ template <int TK, int TV, int D> __device__ __forceinline__ void attention_appen
 template <int CHUNKS, int HEADS>
 __device__ __forceinline__ void attention_append_any(const clsa_append_attention_cuda &p) {
     CLSA_DYNAMIC_SHARED(shared);
-    grid_begin();
+    grid_wait();
     const AppendedQueries queries{p.append, reinterpret_cast<float *>(shared)};
     const CachedSource source(p.op, blockIdx.z);
     decode_attention_any<CHUNKS, HEADS>(shape_of(p.op), p.split, source, queries, p.op.k.type, p.op.v.type);

@@ -154,6 +154,8 @@ __device__ __forceinline__ float part_weight(float m, float top) {
 // `out`.
 __device__ __forceinline__ void decode_finish(const DecodeShape &s, const clsa_split &split, const DecodeBlock &b,
                                               DecodeShared &sh, int active) {
+    // Not before: the next kernel's weights would queue in front of this one's rows.
+    grid_release();
     const int vectors = s.d / 4;
     const size_t first_head = (size_t)b.row * s.n_head + b.head;
     __syncthreads();

@@ -44,23 +44,23 @@ __device__ __forceinline__ DecodeShape shape_of(const clsa_gather_attention &op)
 }
 
 template <int D> __device__ __forceinline__ void attend_gathered(const clsa_gather_cuda &p) {
-    grid_begin();
+    grid_wait();
     decode_attention<CLSA_F16, CLSA_F16, D>(shape_of(p.op), p.split, CompactSource(p, blockIdx.z), GivenQueries());
 }
 
 template <int TK, int TV, int D> __device__ __forceinline__ void attend_selected(const clsa_gather_cuda &p) {
-    grid_begin();
+    grid_wait();
     decode_attention<TK, TV, D>(shape_of(p.op), p.split, SelectedSource(p.op, blockIdx.z), GivenQueries());
 }
 
 template <int CHUNKS, int HEADS> __device__ __forceinline__ void attend_gathered_any(const clsa_gather_cuda &p) {
-    grid_begin();
+    grid_wait();
     decode_attention_any<CHUNKS, HEADS>(shape_of(p.op), p.split, CompactSource(p, blockIdx.z), GivenQueries(), p.k_type,
                                         p.v_type);
 }
 
 template <int CHUNKS, int HEADS> __device__ __forceinline__ void attend_selected_any(const clsa_gather_cuda &p) {
-    grid_begin();
+    grid_wait();
     decode_attention_any<CHUNKS, HEADS>(shape_of(p.op), p.split, SelectedSource(p.op, blockIdx.z), GivenQueries(),
                                         p.op.k.type, p.op.v.type);
 }

@@ -19,14 +19,22 @@
 
 // ---- launch order
 // -------------------------------------------------------------------------------------------------------------------
-// The first call of every kernel. With programmatic dependent launch a kernel starts before the previous one is done:
-// nothing that that one wrote may be read, and nothing that it reads be written, before this; and the next kernel may
-// start to wait here itself.
-static __device__ __forceinline__ void grid_begin() {
+// With programmatic dependent launch a kernel starts before the previous one is done: nothing that that one wrote may
+// be read, and nothing that it reads be written, before grid_wait. From grid_release on the next kernel may start, and
+// load what no kernel writes, until it waits itself. grid_begin is both.
+static __device__ __forceinline__ void grid_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void grid_release() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+static __device__ __forceinline__ void grid_begin() {
+    grid_wait();
+    grid_release();
 }
 
 // ---- conversion

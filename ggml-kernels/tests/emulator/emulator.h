@@ -162,6 +162,8 @@ inline void atomic_add_u64(uint64_t *p, uint64_t x) { *p += x; }
 inline void atomic_max_u64(uint64_t *p, uint64_t x) { *p = max(*p, x); }
 
 static inline void grid_begin() {}
+static inline void grid_wait() {}
+static inline void grid_release() {}
 inline float half_to_float(uint16_t h) {
     _Float16 v;
     memcpy(&v, &h, 2);
