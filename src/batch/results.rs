@@ -3,6 +3,8 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -56,6 +58,11 @@ impl Results {
         let finished = lines.into_iter().map(|(id, _)| id).collect();
         let mut results = Self { out, finished, ordered: None };
         let aside = early_path(path);
+        if order.is_none() {
+            // Ordered results leave the other file only when they are on disk in this one.
+            let syncer = Syncer::new(&results.out.file);
+            results.out.syncer = Some(syncer.map_err(|source| Error::Io { path: path.to_owned(), source })?);
+        }
         if order.is_none() && !aside.exists() {
             return Ok(results);
         }
@@ -73,6 +80,7 @@ impl Results {
             None => {
                 let all: String = kept.into_values().collect();
                 results.out.append(&all)?;
+                results.out.file.sync_data().map_err(|source| Error::Io { path: path.to_owned(), source })?;
                 early.remove()?;
             }
         }
@@ -85,7 +93,7 @@ impl Results {
         self.finished.contains(id)
     }
 
-    /// Appends one result; it is on disk when this returns.
+    /// Appends one result. It is on disk when this returns, or, without an order, while the next ones are computed; [`Self::close`] waits.
     ///
     /// # Errors
     /// [`Error::Io`], on a full disk for example; the file is then as it was before.
@@ -134,7 +142,7 @@ impl Results {
     /// # Errors
     /// [`Error::Io`].
     pub fn close(mut self, all: bool) -> Result<()> {
-        let Some(mut ordered) = self.ordered.take() else { return Ok(()) };
+        let Some(mut ordered) = self.ordered.take() else { return self.out.settle() };
         if all {
             // Jobs that could not be done leave gaps.
             let kept = ordered.order.iter().rev().filter_map(|id| ordered.kept.remove(id));
@@ -156,6 +164,53 @@ fn early_path(path: &Path) -> PathBuf {
 struct Lines {
     file: File,
     path: PathBuf,
+    /// Brings lines to the disk while the next ones are computed.
+    syncer: Option<Syncer>,
+}
+
+/// A thread that syncs a file whenever it is asked to; what is asked meanwhile is done at once.
+struct Syncer {
+    ask: Option<Sender<()>>,
+    thread: Option<JoinHandle<std::io::Result<()>>>,
+}
+
+impl Syncer {
+    fn new(file: &File) -> std::io::Result<Self> {
+        let (file, (ask, asked)) = (file.try_clone()?, channel());
+        let work = move || {
+            while asked.recv().is_ok() {
+                while asked.try_recv().is_ok() {}
+                file.sync_data()?;
+            }
+            Ok(())
+        };
+        let thread = std::thread::Builder::new().name("sync".into()).spawn(work)?;
+        Ok(Self { ask: Some(ask), thread: Some(thread) })
+    }
+
+    /// Asks for a sync; an error is that of an earlier one.
+    fn sync(&mut self) -> std::io::Result<()> {
+        match self.ask.as_ref().is_some_and(|ask| ask.send(()).is_ok()) {
+            true => Ok(()),
+            false => self.wait(),
+        }
+    }
+
+    /// Waits for all that was asked.
+    fn wait(&mut self) -> std::io::Result<()> {
+        self.ask = None;
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(done)) => done,
+            None => Ok(()),
+            Some(Err(_)) => Err(std::io::Error::other("the thread that syncs ended early")),
+        }
+    }
+}
+
+impl Drop for Syncer {
+    fn drop(&mut self) {
+        let _ = self.wait();
+    }
 }
 
 impl Lines {
@@ -193,22 +248,34 @@ impl Lines {
         drop(reader);
         file.set_len(whole).map_err(io)?;
         file.seek(SeekFrom::End(0)).map_err(io)?;
-        Ok((Self { file, path: path.to_owned() }, lines))
+        Ok((Self { file, path: path.to_owned(), syncer: None }, lines))
     }
 
-    /// Appends whole lines; they are on disk when this returns. On an error the file is as it was before.
+    /// Appends whole lines; they are on disk when this returns, or soon after with a syncer. On an error the file is as it was before.
     fn append(&mut self, lines: &str) -> Result<()> {
         if lines.is_empty() {
             return Ok(());
         }
         let before = self.file.stream_position();
         let written = before.and_then(|before| {
-            self.file.write_all(lines.as_bytes()).and_then(|()| self.file.sync_data()).inspect_err(|_| {
-                // Best effort: a torn line is also cut off at the next start.
-                let _ = self.file.set_len(before);
-            })
+            self.file
+                .write_all(lines.as_bytes())
+                .and_then(|()| match &mut self.syncer {
+                    Some(syncer) => syncer.sync(),
+                    None => self.file.sync_data(),
+                })
+                .inspect_err(|_| {
+                    // Best effort: a torn line is also cut off at the next start.
+                    let _ = self.file.set_len(before);
+                })
         });
         written.map_err(|source| Error::Io { path: self.path.clone(), source })
+    }
+
+    /// Waits until all lines are on disk.
+    fn settle(&mut self) -> Result<()> {
+        let settled = self.syncer.take().map_or(Ok(()), |mut syncer| syncer.wait());
+        settled.map_err(|source| Error::Io { path: self.path.clone(), source })
     }
 
     fn remove(self) -> Result<()> {
