@@ -29,3 +29,7 @@ pub mod tune;
 
 pub use clsa_convert::gguf;
 pub use error::{Error, Result};
+
+/// Bounds the memory of chat templates ([`template`]).
+#[global_allocator]
+static ALLOCATOR: ggml_kernels::budget::Counted = ggml_kernels::budget::Counted;

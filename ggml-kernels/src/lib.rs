@@ -2,6 +2,7 @@
 //!
 //! Each op is one contract header in `include/`, one scalar reference and SIMD variants in `cpu/`, one CUDA file in `cuda/`.
 
+pub mod budget;
 pub mod limits;
 pub mod llama;
 pub mod mapping;

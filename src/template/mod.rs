@@ -1,7 +1,7 @@
 //! Conversations to prompts, through the chat template that came with the model.
 //!
-//! A template is a program from outside. It runs without access to files, with limits on its steps, its recursion and the size
-//! of its output; only the values that it builds up in variables are not measured.
+//! A template is a program from outside. It runs without access to files, with limits on its steps, its recursion, its memory and the
+//! size of its output.
 mod guard;
 mod python;
 mod scan;
@@ -12,11 +12,12 @@ use crate::{
     gguf::File,
     tokenizer::{Prompt, Tokenizer},
 };
+use ggml_kernels::budget;
 use guard::Guard;
 use minijinja::{Environment, ErrorKind, syntax::SyntaxConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::{io, sync::Arc, thread};
+use std::{io, sync::Arc};
 
 /// Steps that one rendering may take: about a tenth of a second. Ten thousand messages need less with every
 /// family's template that is tested.
@@ -25,6 +26,8 @@ const FUEL: u64 = 4_000_000;
 const RECURSION: usize = 100;
 /// Bytes of output beyond four times the input.
 const OUTPUT: usize = 16 << 20;
+/// Bytes of memory beyond four times the output.
+const MEMORY: usize = 128 << 20;
 /// Stack of the thread in which templates are parsed and run, for the nesting that [`scan`] allows.
 const STACK: usize = 128 << 20;
 
@@ -73,6 +76,12 @@ pub enum Error {
     /// It wrote too much.
     #[error("the chat template writes more than {limit} bytes")]
     Output {
+        /// The most for this conversation.
+        limit: usize,
+    },
+    /// It took too much memory.
+    #[error("the chat template takes more than {limit} bytes of memory")]
+    Memory {
         /// The most for this conversation.
         limit: usize,
     },
@@ -153,7 +162,7 @@ pub struct RenderOptions {
 /// A parsed chat template.
 pub struct ChatTemplate {
     source: String,
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     bos: Option<String>,
     eos: Option<String>,
     specials: Vec<String>,
@@ -207,7 +216,7 @@ impl ChatTemplate {
         specials: Vec<String>,
     ) -> Result<Self> {
         let prepared = scan::prepare(source)?;
-        let environment = on_large_stack(|| {
+        let environment = bounded(MEMORY, move || {
             let mut environment = environment();
             environment.add_template_owned(NAME, prepared).map_err(|e| Error::Syntax {
                 line: e.line(),
@@ -215,7 +224,14 @@ impl ChatTemplate {
             })?;
             Ok(environment)
         })?;
-        Ok(Self { source: source.to_owned(), environment, bos, eos, specials, tool_use: None })
+        Ok(Self {
+            source: source.to_owned(),
+            environment: Arc::new(environment),
+            bos,
+            eos,
+            specials,
+            tool_use: None,
+        })
     }
 
     /// The template's text.
@@ -228,12 +244,9 @@ impl ChatTemplate {
     #[must_use]
     pub fn uses(&self, name: &str) -> bool {
         let all = |template: &Self| {
-            let found = on_large_stack(|| {
-                Ok(template
-                    .environment
-                    .get_template(NAME)
-                    .map(|t| t.undeclared_variables(false))
-                    .unwrap_or_default())
+            let environment = Arc::clone(&template.environment);
+            let found = bounded(MEMORY, move || {
+                Ok(environment.get_template(NAME).map(|t| t.undeclared_variables(false)).unwrap_or_default())
             });
             found.is_ok_and(|names| names.contains(name))
         };
@@ -243,7 +256,7 @@ impl ChatTemplate {
     /// The prompt for a conversation. Texts from `messages` and `options` are guarded: control tokens that they spell stay text.
     ///
     /// # Errors
-    /// [`Error::Render`], [`Error::Refused`], [`Error::Steps`], [`Error::Output`], [`Error::NoMark`].
+    /// [`Error::Render`], [`Error::Refused`], [`Error::Steps`], [`Error::Output`], [`Error::Memory`], [`Error::NoMark`].
     pub fn render(&self, messages: &[Message], options: &RenderOptions) -> Result<Prompt> {
         if let Some(tool_use) = self.tool_use.as_ref().filter(|_| !options.tools.is_empty()) {
             return tool_use.render(messages, options);
@@ -270,14 +283,16 @@ impl ChatTemplate {
             }
         }
         let limit = OUTPUT.saturating_add(size.saturating_mul(4));
-        let text = on_large_stack(|| self.run(context, limit))?;
+        let environment = Arc::clone(&self.environment);
+        let memory = MEMORY.saturating_add(limit.saturating_mul(4));
+        let text = bounded(memory, move || Self::run(&environment, &context, limit))?;
         Ok(guard.remove(&text))
     }
 
-    fn run(&self, context: Map<String, Value>, limit: usize) -> Result<String> {
+    fn run(environment: &Environment, context: &Map<String, Value>, limit: usize) -> Result<String> {
         let mut out = Limited { bytes: Vec::new(), limit, exceeded: false };
-        let context = minijinja::Value::from(minijinja::value::Serde(&context));
-        let template = self.environment.get_template(NAME);
+        let context = minijinja::Value::from(minijinja::value::Serde(context));
+        let template = environment.get_template(NAME);
         let done = template.and_then(|t| t.render_captured_to(context, &mut out).map(drop));
         if out.exceeded {
             return Err(Error::Output { limit });
@@ -360,15 +375,14 @@ fn environment() -> Environment<'static> {
     env
 }
 
-/// Runs `work` in a thread with a stack of [`STACK`] bytes, of which the system gives out only what is used.
-fn on_large_stack<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    thread::scope(|scope| {
-        let thread =
-            thread::Builder::new().name("template".into()).stack_size(STACK).spawn_scoped(scope, work);
-        match thread.map_err(Error::Thread)?.join() {
-            Ok(done) => done,
-            // The template is from outside: a fault of the engine that it brings out is its error.
-            Err(_) => Err(Error::Render { line: None, what: "the template engine gave up (a panic)".into() }),
+/// Runs `work` in a thread with a stack of [`STACK`] bytes, of which the system gives out only what is used, and `memory` bytes beside it.
+fn bounded<T: Send + 'static>(memory: usize, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    budget::within("template", STACK, memory, work).unwrap_or_else(|e| match e {
+        budget::Error::Exceeded(limit) => Err(Error::Memory { limit }),
+        budget::Error::Thread(e) => Err(Error::Thread(e)),
+        // The template is from outside: a fault of the engine that it brings out is its error.
+        budget::Error::Panicked => {
+            Err(Error::Render { line: None, what: "the template engine gave up (a panic)".into() })
         }
     })
 }

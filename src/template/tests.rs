@@ -214,6 +214,22 @@ fn templates_that_mean_ill_end_quickly_with_an_error() {
 }
 
 #[test]
+fn templates_that_pile_up_memory_are_errors() {
+    let cases = [
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
+        "{% macro m(s) %}{{ m(s ~ s ~ s ~ s) }}{% endmacro %}{{ m('x') }}",
+        "{% set ns = namespace(l=[]) %}{% for i in range(9) %}{% set ns.l = [ns.l, 'x' * 99999999] %}{% endfor %}",
+    ];
+    for source in cases {
+        let e = render(source).expect_err(source);
+        assert!(matches!(e, Error::Memory { .. }), "{source}: {e}");
+        assert_eq!(e.exit_code(), 2);
+    }
+}
+
+#[test]
 fn ten_thousand_messages_are_not_too_many() {
     let messages: Vec<Message> =
         (0..10_000).map(|i| Message::new(["user", "assistant"][i % 2], format!("message {i}"))).collect();
