@@ -135,8 +135,8 @@ ALWAYS_INLINE uint8_t *bf16_tile(uint8_t *packed, int n_rows, int n_in, int form
 #define PANEL_BYTES (384 * 1024)
 // Bytes of 32 x 16 unpacked weights: one byte each, and two scales and minima each.
 #define PANEL_BLOCK_MAX (32 * GROUP + 4 * 4 * GROUP)
-// The same in bf16, for form BF16. Of 2 MiB of L2 the rows of x on their way take some, and so may another thread of the
-// same core.
+// The same in bf16, for form BF16. Of 2 MiB of L2 the rows of x on their way take some, and so may another thread of
+// the same core.
 #define AMX_PANEL_BYTES (640 * 1024)
 #define AMX_PANEL_BLOCK (2 * 32 * GROUP)
 
