@@ -63,9 +63,7 @@ fn answers(dir: &Path, device: Device, longest: usize) {
             let of_top: Vec<f32> = want.top20_ids.iter().map(|&i| logits[i]).collect();
             let difference = relative_difference(&of_top, &want.top20_logits);
             println!("{what}: largest relative logit difference {difference:.1e}");
-            // The GPU's products round F32 activations less finely.
-            let most = if device == Device::Cuda { 2e-3 } else { 1e-3 };
-            assert!(difference < most, "{what}: {difference:.1e}");
+            assert!(difference < 1e-3, "{what}: {difference:.1e}");
             assert_eq!(greedy_after(&mut engine, seq, &logits, want.greedy32.len()), want.greedy32, "{what}");
         }
     }
