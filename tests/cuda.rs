@@ -302,7 +302,7 @@ fn a_model_that_exceeds_the_gpu_runs() {
     };
     let (n, n_self) = (model.config.n_layer, model.config.n_self);
     let open = |device, layers, limit| opened(&model, &options, device, layers, limit);
-    let (name, want) = answer(open("cuda", GpuLayers::Auto, u64::MAX).expect("all on the GPU"));
+    let (name, want) = answer(open("cuda:0", GpuLayers::Auto, u64::MAX).expect("all on the GPU"));
     assert!(!name.contains("CPU"), "{name}");
     for (limit, layers, parts) in [
         (needs(0..n) - 1, GpuLayers::Auto, 2),
@@ -311,13 +311,13 @@ fn a_model_that_exceeds_the_gpu_runs() {
         (u64::MAX, GpuLayers::First(n_self), 2),
         (needs(0..1) - 1, GpuLayers::Auto, 1),
     ] {
-        let (name, got) = answer(open("cuda", layers, limit).expect("a part on the CPU"));
+        let (name, got) = answer(open("cuda:0", layers, limit).expect("a part on the CPU"));
         assert!(name.contains("CPU") && name.split("; ").count() == parts, "{limit}: {name}");
         let difference = relative_difference(&got, &want);
         assert!(difference < 1e-2, "{name}: {difference:.1e}");
     }
     for (layers, limit) in [(GpuLayers::All, needs(0..n) - 1), (GpuLayers::First(1), needs(0..1) - 1)] {
-        let Err(error) = open("cuda", layers, limit) else { panic!("{layers:?} in {limit} bytes") };
+        let Err(error) = open("cuda:0", layers, limit) else { panic!("{layers:?} in {limit} bytes") };
         assert!(error.to_string().contains("too little"), "{error}");
         assert_eq!(error.exit_code(), 1);
     }
@@ -325,6 +325,14 @@ fn a_model_that_exceeds_the_gpu_runs() {
     let (name, got) = answer(open("cuda:0,cuda:0", GpuLayers::All, 2 * needs(0..n) - 2).expect("two parts"));
     assert_eq!(name.matches("on CUDA 0").count(), 2, "{name}");
     assert!(relative_difference(&got, &want) < 1e-2, "{name}");
+    // Two GPUs, of which none holds it alone.
+    if ggml_kernels::cuda::Device::open(1).is_ok() {
+        for device in ["cuda", "cuda:1,cuda:0"] {
+            let (name, got) = answer(open(device, GpuLayers::All, needs(0..n) - 1).expect("two GPUs"));
+            assert!(name.contains("on CUDA 0") && name.contains("on CUDA 1"), "{name}");
+            assert!(relative_difference(&got, &want) < 1e-2, "{name}");
+        }
+    }
 }
 
 /// The k of top-k may be more than a short context holds.
