@@ -1,5 +1,6 @@
 //! The matrix kernels in the order of a decode step of the 4B shape, as one CUDA graph: bytes, the limit they give, the time.
 //! The first product is checked before anything is timed. `cargo bench --bench cuda_matmul [-- TYPE ...]`
+use ggml_kernels::cuda::limits;
 use ggml_kernels::cuda::matmul::{self, Mode, Packed, Product, Row, Spread};
 use ggml_kernels::cuda::{Buffer, Device, Matrix, Result, Stream, Uploader};
 use ggml_kernels::quant::{self, Type};
@@ -58,41 +59,9 @@ impl Layer {
 }
 
 /// Median milliseconds of a replay.
-fn time(stream: &Stream, device: &Device, record: impl Fn() -> Result<()>) -> Result<f32> {
-    stream.begin_capture()?;
-    record()?;
-    let graph = stream.end_capture()?;
-    let mut times = vec![];
-    for i in 0..25 {
-        let (start, end) = (device.event()?, device.event()?);
-        stream.record(&start)?;
-        // SAFETY: all buffers live in `main`.
-        unsafe { graph.launch(stream) }?;
-        stream.record(&end)?;
-        end.synchronize()?;
-        if i >= 5 {
-            times.push(end.milliseconds_since(&start)?);
-        }
-    }
-    times.sort_by(f32::total_cmp);
-    Ok(times[times.len() / 2])
-}
-
-/// Terabytes per second of a device-to-device copy, bytes read plus bytes written.
-fn copy_rate(device: &Device, stream: &Stream) -> Result<f64> {
-    let n = 1 << 30;
-    let from = device.zeros::<u8>(n)?;
-    let mut to = device.zeros::<u8>(n)?;
-    let mut best = f32::MAX;
-    for _ in 0..5 {
-        let (start, end) = (device.event()?, device.event()?);
-        stream.record(&start)?;
-        to.copy_async(0, &from, 0, n, stream)?;
-        stream.record(&end)?;
-        end.synchronize()?;
-        best = best.min(end.milliseconds_since(&start)?);
-    }
-    Ok(2.0 * n as f64 / f64::from(best) / 1e9)
+fn time(stream: &Stream, record: impl FnOnce() -> Result<()>) -> Result<f64> {
+    // SAFETY: all buffers live in `main`.
+    Ok(unsafe { limits::graph_seconds(stream, record) }? * 1e3)
 }
 
 struct Buffers {
@@ -214,7 +183,7 @@ fn main() -> Result<()> {
     let named: Vec<Type> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
     let types = if named.is_empty() { vec![Type::Q4_K, Type::Q6_K, Type::Q8_0] } else { named };
     let stream = device.stream()?;
-    let rate = copy_rate(&device, &stream)?;
+    let rate = limits::copy_rate(&stream)? / 1e12;
     println!("{}, {} multiprocessors, copy {rate:.2} TB/s", device.name(), device.multiprocessors());
     let mut b = Buffers {
         x: device.upload(&noise(64 * HIDDEN, 1))?,
@@ -237,12 +206,9 @@ fn main() -> Result<()> {
         check(&stream, &layers[0], &b, ty)?;
         let limit = bytes as f64 / rate / 1e9;
         println!("{ty}: {LAYERS} layers, {:.3} GB, limit {limit:.3} ms at the copy rate", bytes as f64 / 1e9);
-        let show = |what: String, ms: f32| {
-            let share = limit / f64::from(ms) * 100.0;
-            println!(
-                "  {what:<44} {ms:7.3} ms {:6.2} TB/s {share:5.1} %",
-                bytes as f64 / f64::from(ms) / 1e9
-            );
+        let show = |what: String, ms: f64| {
+            let share = limit / ms * 100.0;
+            println!("  {what:<44} {ms:7.3} ms {:6.2} TB/s {share:5.1} %", bytes as f64 / ms / 1e9);
         };
         let spread = |warps, blocks| Spread { warps, blocks };
         for prefetch in [false, true] {
@@ -253,7 +219,7 @@ fn main() -> Result<()> {
                 (spread(5, 4), spread(5, 4), spread(8, 2)),
             ] {
                 let all = [small, glu, down];
-                let ms = time(&stream, &device, || one_row(&stream, &layers, &b, Kind::All, prefetch, all))?;
+                let ms = time(&stream, || one_row(&stream, &layers, &b, Kind::All, prefetch, all))?;
                 let text = all.map(|s| format!("{}x{}", s.warps, s.blocks)).join(" ");
                 show(format!("1 row, {text}, prefetch {prefetch}"), ms);
             }
@@ -267,8 +233,8 @@ fn main() -> Result<()> {
         ] {
             for (warps, blocks) in [(10, 1), (10, 2), (5, 2), (5, 3), (5, 4), (8, 2)] {
                 let s = [spread(warps, blocks); 3];
-                let ms = time(&stream, &device, || one_row(&stream, &layers, &b, kind, false, s))?;
-                let us = f64::from(ms) * 1e3 / LAYERS as f64;
+                let ms = time(&stream, || one_row(&stream, &layers, &b, kind, false, s))?;
+                let us = ms * 1e3 / LAYERS as f64;
                 let limit = bytes as f64 / rate / 1e6;
                 println!(
                     "  {name:<8} {warps:>2}x{blocks}: {us:6.2} us each, limit {limit:5.2} us, {:5.1} %",
@@ -278,7 +244,7 @@ fn main() -> Result<()> {
         }
         for n in [2, 8, 16, 32, 64] {
             for prefetch in [false, true] {
-                let ms = time(&stream, &device, || rows(&stream, &layers, &b, n, prefetch))?;
+                let ms = time(&stream, || rows(&stream, &layers, &b, n, prefetch))?;
                 show(format!("{n} rows, prefetch {prefetch}"), ms);
             }
         }

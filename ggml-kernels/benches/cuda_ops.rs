@@ -13,7 +13,7 @@ use ggml_kernels::cuda::ops::{
     DecodeScratch, Executor, Gathered, RouteScratch, attention_prefill, rope_append, sample,
     sample_state_bytes,
 };
-use ggml_kernels::cuda::{Device, Result};
+use ggml_kernels::cuda::{Device, Result, limits};
 use harness::*;
 
 const N_HEAD: usize = 20;
@@ -43,24 +43,9 @@ impl Bench {
     }
     /// Microseconds of one `launch`, from the median replay of a graph of `n`.
     fn time(&self, n: usize, launch: impl Fn(usize) -> Result<()>) -> Result<f64> {
-        let Target::Gpu(device, stream) = &self.target else { unreachable!("timed on a GPU") };
-        stream.begin_capture()?;
-        (0..n).try_for_each(&launch)?;
-        let graph = stream.end_capture()?;
-        let mut times = Vec::new();
-        for i in 0..23 {
-            let (start, end) = (device.event()?, device.event()?);
-            stream.record(&start)?;
-            // SAFETY: the callers' buffers outlive this function.
-            unsafe { graph.launch(stream) }?;
-            stream.record(&end)?;
-            end.synchronize()?;
-            if i >= 3 {
-                times.push(end.milliseconds_since(&start)?);
-            }
-        }
-        times.sort_by(f32::total_cmp);
-        Ok(f64::from(times[times.len() / 2]) * 1e3 / n as f64)
+        let Target::Gpu(_, stream) = &self.target else { unreachable!("timed on a GPU") };
+        // SAFETY: the callers' buffers outlive this function.
+        Ok(unsafe { limits::graph_seconds(stream, || (0..n).try_for_each(launch)) }? * 1e6 / n as f64)
     }
     fn bytes(&self, name: &str, bytes: usize, us: f64) {
         let limit = bytes as f64 / self.copy;
@@ -70,23 +55,6 @@ impl Bench {
             100.0 * limit / us
         );
     }
-}
-
-fn copy_rate(target: &Target) -> Result<f64> {
-    let Target::Gpu(device, stream) = target else { unreachable!("timed on a GPU") };
-    let n = 1 << 30;
-    let from = device.zeros::<u8>(n)?;
-    let mut to = device.zeros::<u8>(n)?;
-    let mut best = f32::MAX;
-    for _ in 0..5 {
-        let (start, end) = (device.event()?, device.event()?);
-        stream.record(&start)?;
-        to.copy_async(0, &from, 0, n, stream)?;
-        stream.record(&end)?;
-        end.synchronize()?;
-        best = best.min(end.milliseconds_since(&start)?);
-    }
-    Ok(2.0 * n as f64 / f64::from(best) / 1e3)
 }
 
 /// The batch of one of its rows, for a reference that need not do all.
@@ -454,8 +422,8 @@ fn main() -> Result<()> {
         }
     };
     println!("{}, {} multiprocessors", device.name(), device.multiprocessors());
+    let copy = limits::copy_rate(&stream)? / 1e6;
     let target = Target::Gpu(device, stream);
-    let copy = copy_rate(&target)?;
     println!("device-to-device copy: {:.2} TB/s read plus written", copy / 1e6);
     let only = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let b = Bench { target, only, copy };
