@@ -49,41 +49,44 @@ impl Results {
     /// Opens or makes the file, and learns which jobs it has. A last line that was not written whole is cut off.
     ///
     /// With `order`, the ids in the order of the input, results are written in it; those that come before their turn wait in
-    /// `OUT.early`. Without it what waits there is taken over.
+    /// `OUT.early`, also those that the file has before their turn (it was begun without an order, or a job could not be done then).
+    /// Without it what waits there is taken over.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Input`] for a line that is no result, with its number, and for what is no regular file.
     pub fn open(path: &Path, order: Option<Vec<String>>) -> Result<Self> {
-        let (out, lines) = Lines::open(path)?;
-        let finished = lines.into_iter().map(|(id, _)| id).collect();
-        let mut results = Self { out, finished, ordered: None };
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        let (mut out, lines) = Lines::open(path)?;
         let aside = early_path(path);
-        if order.is_none() {
+        let Some(mut order) = order else {
+            let mut finished: HashSet<_> = lines.into_iter().map(|(id, _)| id).collect();
             // Ordered results leave the other file only when they are on disk in this one.
-            let syncer = Syncer::new(&results.out.file);
-            results.out.syncer = Some(syncer.map_err(|source| Error::Io { path: path.to_owned(), source })?);
-        }
-        if order.is_none() && !aside.exists() {
-            return Ok(results);
-        }
-        let (early, lines) = Lines::open(&aside)?;
-        let kept: HashMap<_, _> =
-            lines.into_iter().filter(|(id, _)| !results.finished.contains(id)).collect();
-        results.finished.extend(kept.keys().cloned());
-        match order {
-            Some(mut order) => {
-                order.reverse();
-                order.retain(|id| !results.finished.contains(id) || kept.contains_key(id));
-                results.ordered = Some(Ordered { early, kept, order });
-                results.catch_up()?;
-            }
-            None => {
-                let all: String = kept.into_values().collect();
-                results.out.append(&all)?;
-                results.out.file.sync_data().map_err(|source| Error::Io { path: path.to_owned(), source })?;
+            if aside.exists() {
+                let (early, mut waiting) = Lines::open(&aside)?;
+                waiting.retain(|(id, _)| finished.insert(id.clone()));
+                out.append(&waiting.into_iter().map(|(_, line)| line).collect::<String>())?;
                 early.remove()?;
             }
+            out.syncer = Some(Syncer::new(&out.file).map_err(io)?);
+            return Ok(Self { out, finished, ordered: None });
+        };
+        let (mut early, waiting) = Lines::open(&aside)?;
+        let mut next = order.iter().peekable();
+        let known: HashSet<_> = order.iter().collect();
+        let (stay, leave): (Vec<_>, Vec<_>) =
+            lines.into_iter().partition(|(id, _)| next.next_if_eq(&id).is_some() || !known.contains(id));
+        if !leave.is_empty() {
+            early.append(&leave.iter().map(|(_, line)| line.as_str()).collect::<String>())?;
+            out.replace(&stay.iter().map(|(_, line)| line.as_str()).collect::<String>())?;
         }
+        let mut finished: HashSet<_> = stay.into_iter().map(|(id, _)| id).collect();
+        order.retain(|id| !finished.contains(id));
+        order.reverse();
+        let kept: HashMap<_, _> =
+            waiting.into_iter().chain(leave).filter(|(id, _)| !finished.contains(id)).collect();
+        finished.extend(kept.keys().cloned());
+        let mut results = Self { out, finished, ordered: Some(Ordered { early, kept, order }) };
+        results.catch_up()?;
         Ok(results)
     }
 
@@ -272,6 +275,23 @@ impl Lines {
         written.map_err(|source| Error::Io { path: self.path.clone(), source })
     }
 
+    /// Puts `lines` in the place of all that the file holds, at once.
+    fn replace(&mut self, lines: &str) -> Result<()> {
+        let io = |source| Error::Io { path: self.path.clone(), source };
+        let target = self.path.canonicalize().map_err(io)?; // not in the place of a link
+        let folder = target.parent().unwrap_or(Path::new("/"));
+        let mut new = tempfile::Builder::new().prefix(".clsa-results-").tempfile_in(folder).map_err(io)?;
+        let access = self.file.metadata().map_err(io)?.permissions();
+        new.write_all(lines.as_bytes())
+            .and_then(|()| new.as_file().set_permissions(access))
+            .and_then(|()| new.as_file().sync_all())
+            .map_err(io)?;
+        new.persist(&target).map_err(|e| io(e.error))?;
+        File::open(folder).and_then(|f| f.sync_all()).map_err(io)?;
+        *self = Self::open(&self.path)?.0;
+        Ok(())
+    }
+
     /// Waits until all lines are on disk.
     fn settle(&mut self) -> Result<()> {
         let settled = self.syncer.take().map_or(Ok(()), |mut syncer| syncer.wait());
@@ -407,12 +427,31 @@ mod tests {
         assert!(results.has("b") && !early_path(&path).exists());
         assert_eq!(ids(&path), ["b"]);
 
+        // A file that was begun without an order, and holds a job that the input has no more.
+        let path = dir.path().join("u.jsonl");
+        let mut results = Results::open(&path, None).unwrap();
+        ["c", "a", "gone", "b"].iter().for_each(|id| push(&mut results, id));
+        results.close(true).unwrap();
+        let mut results = Results::open(&path, order()).unwrap();
+        assert!(["a", "b", "c", "gone"].iter().all(|id| results.has(id)) && !results.has("d"));
+        assert_eq!(ids(&path), ["a", "gone", "b", "c"]);
+        push(&mut results, "e");
+        drop(results);
+        let mut results = Results::open(&path, order()).unwrap();
+        push(&mut results, "d");
+        assert_eq!(ids(&path), ["a", "gone", "b", "c", "d", "e"]);
+
         // A job that could not be done leaves a gap.
         let path = dir.path().join("t.jsonl");
         let mut results = Results::open(&path, order()).unwrap();
         ["e", "b", "a", "d"].iter().for_each(|id| push(&mut results, id));
         results.close(true).unwrap();
         assert_eq!(ids(&path), ["a", "b", "d", "e"]);
+        // It is done later.
+        let mut results = Results::open(&path, order()).unwrap();
+        push(&mut results, "c");
+        results.close(true).unwrap();
+        assert_eq!(ids(&path), ["a", "b", "c", "d", "e"]);
     }
 
     #[test]
