@@ -68,6 +68,16 @@ impl std::str::FromStr for GpuLayers {
     }
 }
 
+impl std::fmt::Display for GpuLayers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::All => f.write_str("all"),
+            Self::First(n) => write!(f, "{n}"),
+        }
+    }
+}
+
 /// The layers that each GPU takes, one range after the other from layer 0; the CPU takes those after them. `None` when what is wanted
 /// does not fit.
 ///

@@ -64,33 +64,37 @@ pub struct Contest {
 }
 
 impl Contest {
-    /// Runs `test` in every way; each repetition starts with another of them. llama.cpp sits out tests of several sequences, and then
-    /// has no samples. `progress` is called after every run.
+    /// Runs every test in every way; each repetition starts with another of them. Several tests take turns as the ways do, and a way is
+    /// brought to the depth of each again. llama.cpp sits out tests of several sequences, and then has no samples. `progress` is
+    /// called after every run. Returns the samples of each test, way by way.
     ///
     /// # Errors
     /// As [`Bench::run`].
     pub fn measure(
         &mut self,
         ways: &[Way],
-        test: &Test,
+        tests: &[Test],
         plan: Plan,
         mut progress: impl FnMut(),
-    ) -> Result<Vec<Samples>> {
-        let mut samples = vec![Samples::default(); ways.len()];
+    ) -> Result<Vec<Vec<Samples>>> {
+        let mut samples = vec![vec![Samples::default(); ways.len()]; tests.len()];
+        // Way by way, so that each stands at a test's depth for as long as it can.
+        let turns: Vec<(usize, usize)> =
+            (0..ways.len()).flat_map(|way| (0..tests.len()).map(move |test| (way, test))).collect();
         if plan.warm_up {
-            for &way in ways {
+            for &(way, test) in &turns {
                 let most = self.benches.iter().map(|b| b.engine().spec().max_rows).max().unwrap_or(1);
-                let (prompt, generate) = (test.prompt.min(most), test.generate.min(2));
-                self.run(way, &Test { prompt, generate, ..*test }, plan.fill)?;
+                let (prompt, generate) = (tests[test].prompt.min(most), tests[test].generate.min(2));
+                self.run(ways[way], &Test { prompt, generate, ..tests[test] }, plan.fill)?;
                 progress();
             }
         }
         for repetition in 0..plan.repetitions {
-            for turn in 0..ways.len() {
-                let i = (repetition + turn) % ways.len();
-                if let Some((prompt, generate)) = self.run(ways[i], test, plan.fill)? {
-                    samples[i].prompt.push(prompt);
-                    samples[i].generate.push(generate);
+            for turn in 0..turns.len() {
+                let (way, test) = turns[(repetition + turn) % turns.len()];
+                if let Some((prompt, generate)) = self.run(ways[way], &tests[test], plan.fill)? {
+                    samples[test][way].prompt.push(prompt);
+                    samples[test][way].generate.push(generate);
                 }
                 progress();
             }

@@ -25,6 +25,9 @@ pub struct Row {
     pub model_n_params: u64,
     /// Threads.
     pub n_threads: usize,
+    /// Layers on GPUs, as they were asked for: `auto`, `all` or a number.
+    #[serde(default = "auto")]
+    pub n_gpu_layers: String,
     /// Prompt tokens handed over at a time; 0: all at once.
     pub n_batch: usize,
     /// Rows of a micro-batch.
@@ -60,6 +63,11 @@ pub struct Row {
     /// Seconds of each stage of a step, or of the prompt, where `--breakdown` was given.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub breakdown: Vec<Timing>,
+}
+
+/// Rows of earlier builds do not say.
+fn auto() -> String {
+    "auto".into()
 }
 
 /// The rows of an earlier run, in the format `json` or `jsonl`.
@@ -106,6 +114,8 @@ pub struct Report<W> {
 /// Columns that a table has only when they were asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Columns {
+    /// Layers on GPUs.
+    pub gpu_layers: bool,
     /// Share of the measured limit.
     pub limits: bool,
     /// Speed-up over the baseline.
@@ -155,7 +165,7 @@ impl<W: Write> Report<W> {
     }
 
     fn md(&mut self, row: &Row, first: bool) -> io::Result<()> {
-        let Columns { limits, compare, llama_cpp } = self.columns;
+        let Columns { gpu_layers, limits, compare, llama_cpp } = self.columns;
         if first {
             self.build.clone_from(&row.build);
             let mut extra = String::new();
@@ -166,16 +176,21 @@ impl<W: Write> Report<W> {
                     line += " ---: |";
                 }
             }
+            let (ngl, ngl_line) = if gpu_layers { (" ngl |", " ---: |") } else { ("", "") };
             writeln!(
                 self.out,
-                "| model | size | params | backend | threads | ub | K/V | routing | test | t/s |{extra}"
+                "| model | size | params | backend | threads |{ngl} ub | K/V | routing | test | t/s |{extra}"
             )?;
-            writeln!(self.out, "| --- | ---: | ---: | --- | ---: | ---: | --- | --- | ---: | ---: |{line}")?;
+            writeln!(
+                self.out,
+                "| --- | ---: | ---: | --- | ---: |{ngl_line} ---: | --- | --- | ---: | ---: |{line}"
+            )?;
         }
         let mark = if row.is_filled_at_random() { " (random fill)" } else { "" };
+        let ngl = if gpu_layers { format!(" {} |", row.n_gpu_layers) } else { String::new() };
         write!(
             self.out,
-            "| {} | {} | {:.2} M | {} | {} | {} | {}/{} | {} | {}{mark} | {:.2} ± {:.2} |",
+            "| {} | {} | {:.2} M | {} | {} |{ngl} {} | {}/{} | {} | {}{mark} | {:.2} ± {:.2} |",
             row.model,
             indicatif::BinaryBytes(row.model_size),
             row.model_n_params as f64 / 1e6,
@@ -217,6 +232,7 @@ impl<W: Write> Report<W> {
             ("model_size", row.model_size.to_string()),
             ("model_n_params", row.model_n_params.to_string()),
             ("n_threads", row.n_threads.to_string()),
+            ("n_gpu_layers", row.n_gpu_layers.clone()),
             ("n_batch", row.n_batch.to_string()),
             ("n_ubatch", row.n_ubatch.to_string()),
             ("type_k", row.type_k.clone()),
@@ -268,6 +284,7 @@ pub(super) mod tests {
             model_size: 1 << 20,
             model_n_params: 1_000_000,
             n_threads: 2,
+            n_gpu_layers: "auto".into(),
             n_batch: 0,
             n_ubatch: 512,
             type_k: "f16".into(),
@@ -321,8 +338,13 @@ pub(super) mod tests {
             table.contains("| x base |") && table.contains("| 2.50 |") && table.contains("(random fill)"),
             "{table}"
         );
-        assert!(!table.contains("of limit") && table.contains("build: 0.1.0 (test)"), "{table}");
+        assert!(
+            !table.contains("ngl") && !table.contains("of limit") && table.contains("build: 0.1.0 (test)"),
+            "{table}"
+        );
         assert!(table.contains("| scoring | 250.000 | 100.0 % |"), "{table}");
+        let table = written(Format::Md, Columns { gpu_layers: true, ..Columns::default() });
+        assert!(table.contains("| threads | ngl | ub |") && table.contains("| 2 | auto | 512 |"), "{table}");
         let csv = written(Format::Csv, Columns::default());
         assert!(csv.contains("\"m, \"\"x\"\".gguf\""), "{csv}");
     }

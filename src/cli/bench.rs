@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 use indicatif::ProgressBar;
 
-use super::model::{CacheTypeArg, Device, GpuArgs, ModelArgs};
+use super::model::{CacheTypeArg, Device, GpuArgs, GpuMemoryArgs, ModelArgs};
 use super::{stdout_error, token_bar};
 use crate::backend::{Routing, ggml::Repack};
 use crate::bench::contest::{Contest, Plan, Samples, Way};
@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::model::Model;
+use crate::placement::GpuLayers;
 
 /// Numbers, a list or a range.
 #[derive(Clone, Debug)]
@@ -28,6 +29,24 @@ impl std::str::FromStr for Numbers {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
         list::numbers(s).map(Self)
+    }
+}
+
+/// Counts of layers on GPUs: `auto`, `all`, numbers and ranges.
+#[derive(Clone, Debug)]
+pub struct LayerCounts(Vec<GpuLayers>);
+
+impl std::str::FromStr for LayerCounts {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut counts = vec![];
+        for part in s.split(',') {
+            match part.parse() {
+                Ok(count) => counts.push(count),
+                Err(_) => counts.extend(list::numbers(part)?.into_iter().map(GpuLayers::First)),
+            }
+        }
+        Ok(Self(counts))
     }
 }
 
@@ -82,8 +101,11 @@ pub struct BenchArgs {
     /// Where to run: auto, cpu, cuda (all GPUs), cuda:N, cuda:N,cuda:M, reference (the slow oracle, f32 caches only)
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: Device,
+    /// Layers on GPUs, from the first on (-ngl): auto (all, or as many as fit), all, numbers
+    #[arg(long, env = "CLSA_GPU_LAYERS", value_name = "LIST", default_value = "auto")]
+    gpu_layers: LayerCounts,
     #[command(flatten)]
-    gpu: GpuArgs,
+    gpu_memory: GpuMemoryArgs,
     /// How the caches come to hold the depth
     #[arg(long, value_name = "HOW", default_value = "prefill")]
     fill: Fill,
@@ -92,6 +114,9 @@ pub struct BenchArgs {
     /// of pairs, over the Transformer or else the first
     #[arg(long)]
     compare: bool,
+    /// Let the tests take turns as well, repetition by repetition: one at another depth is then brought there each time
+    #[arg(long)]
+    interleave: bool,
     /// Time llama.cpp on this Transformer file in turn with ours (CPU, same threads); with --compare on the Transformer's file
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = SAME_FILE)]
     with_llama_cpp: Option<PathBuf>,
@@ -128,6 +153,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let stop = interrupt::requested()?;
     let earlier = args.read.iter().map(|path| report::read(path)).collect::<Result<Vec<_>>>()?.concat();
     let columns = Columns {
+        gpu_layers: args.gpu_layers.0.len() > 1
+            || earlier.windows(2).any(|r| r[0].n_gpu_layers != r[1].n_gpu_layers),
         limits: args.limits || earlier.iter().any(|r| r.share_of_limit.is_some()),
         compare: args.compare || earlier.iter().any(|r| r.speedup.is_some()),
         llama_cpp: args.with_llama_cpp.is_some() || earlier.iter().any(|r| r.ratio_to_llama_cpp.is_some()),
@@ -192,6 +219,7 @@ struct Setting {
     batch: usize,
     ubatch: usize,
     threads: usize,
+    gpu_layers: GpuLayers,
     k: CacheTypeArg,
     v: CacheTypeArg,
     /// What is said of it where several are compared.
@@ -257,26 +285,33 @@ impl BenchArgs {
         for &batch in &self.batch_size.0 {
             for &ubatch in &self.ubatch_size.0 {
                 for &threads in &self.threads.0 {
-                    for &k in &self.cache_type_k {
-                        for &v in &self.cache_type_v {
-                            let mut label = String::new();
-                            let parts = [
-                                (self.batch_size.0.len(), format!(" b{batch}")),
-                                (self.ubatch_size.0.len(), format!(" ub{ubatch}")),
-                                (self.threads.0.len(), format!(" t{threads}")),
-                                (self.cache_type_k.len(), format!(" K {k:?}")),
-                                (self.cache_type_v.len(), format!(" V {v:?}")),
-                            ];
-                            for (_, part) in parts.into_iter().filter(|(n, _)| *n > 1) {
-                                label += &part.to_lowercase();
+                    for &gpu_layers in &self.gpu_layers.0 {
+                        for &k in &self.cache_type_k {
+                            for &v in &self.cache_type_v {
+                                let label = String::new();
+                                let setting = Setting { batch, ubatch, threads, gpu_layers, k, v, label };
+                                settings.push(Setting { label: self.label(&setting), ..setting });
                             }
-                            settings.push(Setting { batch, ubatch, threads, k, v, label });
                         }
                     }
                 }
             }
         }
         settings
+    }
+
+    /// What tells a setting from the others.
+    fn label(&self, setting: &Setting) -> String {
+        let Setting { batch, ubatch, threads, gpu_layers, k, v, .. } = setting;
+        let parts = [
+            (self.batch_size.0.len(), format!(" b{batch}")),
+            (self.ubatch_size.0.len(), format!(" ub{ubatch}")),
+            (self.threads.0.len(), format!(" t{threads}")),
+            (self.gpu_layers.0.len(), format!(" ngl {gpu_layers}")),
+            (self.cache_type_k.len(), format!(" K {k:?}").to_lowercase()),
+            (self.cache_type_v.len(), format!(" V {v:?}").to_lowercase()),
+        ];
+        parts.into_iter().filter(|(n, _)| *n > 1).map(|(_, part)| part).collect()
     }
 
     fn model_args(&self, model: Option<PathBuf>, setting: &Setting) -> ModelArgs {
@@ -290,7 +325,7 @@ impl BenchArgs {
             routing: vec![],
             top_k_tokens: None,
             device: self.device.clone(),
-            gpu: self.gpu.clone(),
+            gpu: GpuArgs { gpu_layers: setting.gpu_layers, memory: self.gpu_memory.clone() },
             repack: self.repack,
             verbose: false,
         }
@@ -440,30 +475,48 @@ impl<'a> Session<'a> {
         let peers = usize::from(self.contest.peer.is_some());
         let runs = rounds.iter().map(|r| r.len() + peers).sum::<usize>() * tests.len();
         bar.set_length((runs * (plan.repetitions + usize::from(plan.warm_up))) as u64);
+        let together = if args.interleave { tests.len() } else { 1 };
         for round in rounds {
-            for test in tests {
-                self.measure(args, plan, round, test, &bar, emit)?;
+            for tests in tests.chunks(together.max(1)) {
+                self.measure(args, plan, round, tests, &bar, emit)?;
             }
         }
         bar.finish_and_clear();
         Ok(())
     }
 
+    /// Measures the tests in turns, and hands out their rows.
     fn measure(
         &mut self,
         args: &BenchArgs,
         plan: Plan,
         round: &[(Way, &Model, String)],
-        test: &Test,
+        tests: &[Test],
         bar: &ProgressBar,
         emit: &mut dyn FnMut(Row) -> Result<()>,
     ) -> Result<()> {
         let mut ways: Vec<Way> = round.iter().map(|(way, ..)| *way).collect();
         ways.extend(self.contest.peer.is_some().then_some(Way::LlamaCpp));
-        let samples = self.contest.measure(&ways, test, plan, || bar.inc(1))?;
+        let all = self.contest.measure(&ways, tests, plan, || bar.inc(1))?;
+        for (test, samples) in tests.iter().zip(&all) {
+            self.rows(args, plan, round, test, samples, emit)?;
+        }
+        Ok(())
+    }
+
+    /// The rows of one test.
+    fn rows(
+        &mut self,
+        args: &BenchArgs,
+        plan: Plan,
+        round: &[(Way, &Model, String)],
+        test: &Test,
+        samples: &[Samples],
+        emit: &mut dyn FnMut(Row) -> Result<()>,
+    ) -> Result<()> {
         let theirs = self.contest.peer.is_some().then(|| samples.last()).flatten();
         let base = args.compare.then(|| samples.first()).flatten();
-        for ((way, model, name), samples) in round.iter().zip(&samples) {
+        for ((way, model, name), samples) in round.iter().zip(samples) {
             let row = self.row(*way, model, name, test, plan.fill, samples);
             let parts = if args.breakdown { self.contest.breakdown(*way, test, plan)? } else { None };
             emit(Row {
@@ -502,6 +555,7 @@ impl<'a> Session<'a> {
             model_size: model.weights.all().map(|w| w.bytes as u64).sum(),
             model_n_params: model.weights.all().map(|w| (w.n_in * w.n_out) as u64).sum(),
             n_threads: self.threads,
+            n_gpu_layers: self.setting.gpu_layers.to_string(),
             n_batch: self.setting.batch,
             n_ubatch: spec.max_rows,
             type_k: format!("{:?}", spec.k).to_lowercase(),

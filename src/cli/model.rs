@@ -93,6 +93,14 @@ pub struct GpuArgs {
     /// Layers on GPUs, from the first on (-ngl): auto (all, or as many as fit), all, or a number; the CPU runs the others
     #[arg(long, env = "CLSA_GPU_LAYERS", value_name = "N", default_value = "auto")]
     pub gpu_layers: GpuLayers,
+    /// Of those layers' memory
+    #[command(flatten)]
+    pub memory: GpuMemoryArgs,
+}
+
+/// Memory of layers on GPUs.
+#[derive(Clone, Debug, Default, Args)]
+pub struct GpuMemoryArgs {
     /// Where K and V of GPU layers lie: gpu, or cpu (page-locked memory: a token reads only the selected rows across the bus)
     #[arg(long, env = "CLSA_KV_DEVICE", value_name = "DEVICE", default_value = "gpu")]
     pub kv_device: KvDevice,
@@ -179,13 +187,13 @@ impl ModelArgs {
     /// Bytes that caches may come from: a GPU's when the model fits there, this machine's otherwise.
     fn room(&self, model: &Model) -> u64 {
         let host = placement::free_memory();
-        let on_gpu =
-            matches!(self.device, Device::Auto | Device::Cuda(_)) && self.gpu.kv_device == KvDevice::Gpu;
+        let on_gpu = matches!(self.device, Device::Auto | Device::Cuda(_))
+            && self.gpu.memory.kv_device == KvDevice::Gpu;
         if !on_gpu || self.gpu.gpu_layers == GpuLayers::First(0) {
             return host;
         }
         let weights: u64 = model.weights.all().map(|w| w.bytes as u64).sum();
-        let limit = self.gpu.gpu_memory.map_or(u64::MAX, |mib| mib.saturating_mul(1 << 20));
+        let limit = self.gpu.memory.gpu_memory.map_or(u64::MAX, |mib| mib.saturating_mul(1 << 20));
         let free = crate::backend::cuda::free_memory().map(|free| free.min(limit).saturating_sub(weights));
         free.filter(|f| *f > 0).map_or(host, |free| free.min(host))
     }
@@ -234,8 +242,8 @@ impl ModelArgs {
         let wanted = Wanted {
             device: self.device.clone(),
             gpu_layers: self.gpu.gpu_layers,
-            kv: self.gpu.kv_device,
-            gpu_memory: self.gpu.gpu_memory.map(|mib| mib.saturating_mul(1 << 20)),
+            kv: self.gpu.memory.kv_device,
+            gpu_memory: self.gpu.memory.gpu_memory.map(|mib| mib.saturating_mul(1 << 20)),
             threads: self.threads(),
             repack: self.repack,
         };

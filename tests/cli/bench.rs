@@ -159,7 +159,7 @@ fn threads_sequences_caches_and_answers_to_prompts_make_rows_of_their_own() {
     let folder = Folder::with_model();
     let lists =
         ["-t", "1-2", "-np", "1,3", "-ctk", "f16,q8_0", "-ctv", "f16,q8_0", "-pg", "16,4", "-pg", "8,2"];
-    let more = ["-p", "0", "-n", "3", "--device", "cpu", "-ngl", "0", "-o", "jsonl"];
+    let more = ["-p", "0", "-n", "3", "--device", "cpu", "-o", "jsonl"];
     let rows = rows(&bench(&folder, &[&lists[..], &more].concat()).stdout);
     // Two counts of threads, two types of keys and two of values; in each, three tests of one and of three sequences.
     assert_eq!(rows.len(), 2 * 2 * 2 * 3 * 2);
@@ -184,6 +184,38 @@ fn threads_sequences_caches_and_answers_to_prompts_make_rows_of_their_own() {
     }
     let model = folder.model();
     output(["bench", "-m", &model, "-pg", "16"]).assert_fails(2, &["-pg 16", "two numbers"]);
+}
+
+#[test]
+fn counts_of_gpu_layers_make_rows_of_their_own() {
+    let folder = Folder::with_model();
+    let args = ["-p", "0", "-n", "2", "--device", "cpu", "-ngl", "auto,0-4+2,all"];
+    let data = bench(&folder, &[&args[..], &["-o", "jsonl"]].concat()).stdout;
+    let of = |name: &str| rows(&data).iter().map(|r| r[name].to_string()).collect::<Vec<_>>();
+    assert_eq!(of("n_gpu_layers"), ["auto", "0", "2", "4", "all"].map(|n| format!("\"{n}\"")));
+    assert_eq!(of("series").into_iter().collect::<std::collections::BTreeSet<_>>().len(), 5);
+    let table = bench(&folder, &args).stdout;
+    assert!(table.contains("| threads | ngl |") && table.contains("| all |"), "{table}");
+    let model = folder.model();
+    output(["bench", "-m", &model, "-ngl", "0,some"]).assert_fails(2, &["some", "a number"]);
+}
+
+#[test]
+fn tests_that_take_turns_have_the_same_rows() {
+    let folder = Folder::with_model();
+    let args = ["-p", "40", "-n", "3", "-d", "0,64", "-np", "1,2", "-o", "jsonl"];
+    for fill in ["prefill", "random"] {
+        let args = [&args[..], &["--fill", fill]].concat();
+        let tests = |said: &Said| -> Vec<String> {
+            let test = |r: &serde_json::Value| {
+                assert_eq!(r["samples_s"].as_array().map(Vec::len), Some(2), "{r}");
+                ["n_prompt", "n_gen", "n_depth", "n_sequences"].map(|n| r[n].to_string()).join(" ")
+            };
+            rows(&said.stdout).iter().map(test).collect()
+        };
+        let turns = tests(&bench(&folder, &[&args[..], &["--interleave"]].concat()));
+        assert_eq!((turns.len(), turns), (8, tests(&bench(&folder, &args))));
+    }
 }
 
 #[test]
