@@ -9,7 +9,7 @@ use crate::backend::{Backend, Batch, Queries, Routing};
 use crate::cache::{CacheSpec, CacheType, PAGE, PagePool, PageTables, PoolKind, RandomRows, pools, ring_len};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::model::{Model, forward, record};
+use crate::model::{Model, record};
 use crate::sampler::Draw;
 
 /// A live sequence of an engine.
@@ -278,18 +278,19 @@ impl Engine {
         mut progress: impl FnMut(usize) -> ControlFlow<()>,
     ) -> Result<&[f32]> {
         self.check_room(seq, tokens.len())?;
-        let mut done = 0;
+        let (mut done, mut due) = (0, None);
         while tokens.len() - done > self.spec.max_rows {
-            self.run(&rows_of(seq, &tokens[done..done + self.spec.max_rows], false))?;
+            self.run_beside(&rows_of(seq, &tokens[done..done + self.spec.max_rows], false), due.take())?;
             done += self.spec.max_rows;
             if self.len(seq) / CHECKPOINT_EVERY > (self.len(seq) - self.spec.max_rows) / CHECKPOINT_EVERY {
-                self.checkpoint(seq)?;
+                due = Some(seq);
             }
             if progress(done).is_break() {
+                due.map_or(Ok(()), |seq| self.checkpoint(seq))?;
                 return Err(Error::Interrupted);
             }
         }
-        let logits = self.run(&rows_of(seq, &tokens[done..], true))?;
+        let logits = self.run_beside(&rows_of(seq, &tokens[done..], true), due)?;
         let _ = progress(tokens.len());
         Ok(logits)
     }
@@ -310,13 +311,28 @@ impl Engine {
     /// [`Error::ContextFull`], [`Error::Memory`] when the pages run out, [`Error::Input`] for a token outside the vocabulary,
     /// [`Error::Interrupted`]; the sequences are then as they were.
     pub fn run(&mut self, rows: &[Row]) -> Result<&[f32]> {
-        let grown = self.begin(rows)?;
+        self.run_beside(rows, None)
+    }
+
+    /// [`Self::run`], which first queues the rows where the backend can, and takes a checkpoint of `due` as it was before them while they
+    /// are worked on: a ring holds the windows before a micro-batch until the one after it.
+    fn run_beside(&mut self, rows: &[Row], due: Option<SeqId>) -> Result<&[f32]> {
         let (routing, top_k) = (self.routing, self.top_k);
-        let result =
-            forward(&mut *self.backend, &self.model.config, &self.batch, &self.tables, routing, top_k);
+        let begun = self.begin(rows).and_then(|grown| {
+            let (config, backend) = (&self.model.config, &mut *self.backend);
+            record(backend, config, &self.batch, &self.tables, routing, top_k).map(|()| grown)
+        });
+        // Also where the rows failed: whoever broke off may want to return to here.
+        let saved = due.map_or(Ok(()), |seq| self.checkpoint(seq));
+        let result = match &begun {
+            Ok(_) => self.backend.finish(),
+            Err(_) => Ok(&[][..]),
+        };
         if self.interrupt.load(Ordering::Relaxed) {
             return Err(Error::Interrupted);
         }
+        let grown = begun?;
+        saved?;
         let logits = result?;
         grow(&mut self.sequences, &grown);
         Ok(logits)

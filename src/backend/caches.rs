@@ -236,7 +236,9 @@ impl<S: Store> Caches<S> {
 
     /// [`super::Backend::save_window`]
     pub fn save_window(&self, slot: u32, len: usize) -> Result<Vec<u8>> {
-        let mut out = vec![];
+        let alive = self.alive(len).len();
+        let bytes = |(k, v): &(Rows<_>, Rows<_>)| alive * (k.view.row_stride + v.view.row_stride);
+        let mut out = Vec::with_capacity(self.windows.iter().map(bytes).sum());
         for rows in self.windows.iter().flat_map(|(k, v)| [k, v]) {
             for at in ring(&rows.view, slot, self.alive(len)) {
                 rows.append_to(at, &mut out)?;

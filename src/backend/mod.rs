@@ -1,7 +1,7 @@
 //! What a device must be able to do, in the model's own verbs at the grain of a sub-layer.
 //!
 //! A backend owns the weights and caches on its device and the residual stream `x` of the batch in hand. The forward pass
-//! ([`crate::model::forward`]) calls the verbs in the order of the equations; a backend may run each at once, or record them and
+//! ([`crate::model::record`]) calls the verbs in the order of the equations; a backend may run each at once, or record them and
 //! run everything in [`Backend::finish`].
 mod caches;
 pub mod cuda;

@@ -4,23 +4,11 @@ use crate::cache::PageTables;
 use crate::config::Config;
 use crate::error::Result;
 
-/// Runs one micro-batch: appends every row to the caches, and returns the logits of `batch.outputs`, `[outputs][vocab]`.
+/// Calls the verbs for one micro-batch, unless the backend has a recording of the same shape: every row is appended to the caches;
+/// [`Backend::finish`] then gives the logits of `batch.outputs`.
 ///
 /// A YOCO prompt runs the self-decoder only: rows without wanted logits stop at the shared memory, which is exact
 /// (arXiv 2405.05254, section 2.2).
-pub fn forward<'b>(
-    b: &'b mut dyn Backend,
-    c: &Config,
-    batch: &Batch,
-    tables: &PageTables,
-    routing: Routing,
-    top_k: usize,
-) -> Result<&'b [f32]> {
-    record(b, c, batch, tables, routing, top_k)?;
-    b.finish()
-}
-
-/// Calls the verbs for a batch, unless the backend has a recording of the same shape.
 pub fn record(
     b: &mut dyn Backend,
     c: &Config,

@@ -11,7 +11,7 @@ use ggml_kernels::quant::Type;
 use crate::config::Config;
 use crate::gguf;
 
-pub use forward::{forward, record};
+pub use forward::record;
 
 /// A weight as it lies in the file. A matrix maps `n_in` values to `n_out`; a vector has `n_out == 1`.
 #[derive(Clone, Debug, PartialEq, Eq)]

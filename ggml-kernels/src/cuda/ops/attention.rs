@@ -10,8 +10,10 @@ const GATHER_THREADS: usize = 256;
 const PREFILL_ROWS: usize = 128;
 const PREFILL_THREADS: usize = 256;
 const PREFILL_KEYS: usize = 64;
-/// Waves of blocks when there are too many rows for one.
+/// Waves of blocks at most when positions are split.
 const WAVES: usize = 4;
+/// What a block's start, its warps' sums and their hand-over take, in the time of a tile (docs/gpu-notes.md).
+const WAVE_TILES: usize = 3;
 
 /// Scratch of the decode kernels: what the splits of a row leave for the block that combines them.
 #[derive(Clone, Copy, Debug)]
@@ -48,13 +50,17 @@ impl Heads {
     fn blocks(self, fast: bool) -> usize {
         self.n_kv * (self.n_head / self.n_kv).div_ceil(self.tile(fast))
     }
-    /// Blocks that share the `positions` of each row.
+    /// Blocks that share the `positions` of each row: those that take the fewest tiles of 16 positions one after another, where every
+    /// wave of blocks costs [`WAVE_TILES`] more.
     fn splits(self, on: &impl Executor, rows: usize, positions: usize, fast: bool) -> usize {
         let (blocks, slots) = (rows * self.blocks(fast), on.multiprocessors() * resident(self.d));
-        let wanted = if blocks * 2 <= slots { slots / blocks } else { slots * WAVES / blocks };
         // A window may begin within a tile: one more.
-        let useful = (positions.div_ceil(16) + 1).div_ceil(DECODE_WARPS);
-        wanted.clamp(1, useful.min(CLSA_MAX_SPLITS as usize))
+        let tiles = positions.div_ceil(16) + 1;
+        let most = tiles.div_ceil(DECODE_WARPS).min(slots * WAVES / blocks).min(CLSA_MAX_SPLITS as usize);
+        let cost = |splits: usize| {
+            (blocks * splits).div_ceil(slots) * (tiles.div_ceil(DECODE_WARPS * splits) + WAVE_TILES)
+        };
+        (1..=most).min_by_key(|&splits| cost(splits)).unwrap_or(1)
     }
     fn split(self, base: *mut u8, rows: usize, splits: usize, fast: bool) -> (clsa_split, usize) {
         let mut carver = Carver::new(base);
