@@ -56,6 +56,7 @@ mod tests {
         let (mut left, mut steps) = (1000, 0);
         while left > 0 {
             steps += 1;
+            assert!(steps < 100, "{left} rows left");
             let new = |i| Active { prompt_left: 20, age: 8 * steps + i };
             let active: Vec<Active> =
                 (0..8).map(|i| if i == 3 { Active { prompt_left: left, age: 0 } } else { new(i) }).collect();
