@@ -250,17 +250,23 @@ static void panel_product(const struct clsa_matmul *p, const struct clsa_matrix 
     }
 }
 
+// Blocks of a piece of the sum. silu() wants whole sums. Pieces are whole blocks of 256.
+static int piece_blocks(int nb, int n_mat) {
+    const int pieces = n_mat == 2 ? 1 : (nb + PIECE_BLOCKS - 1) / PIECE_BLOCKS;
+    return MIN(nb, ROUND_UP((nb + pieces - 1) / pieces, 8));
+}
+
+// As many groups as the cache holds, in pairs.
+static int groups_at_once(int nb, int n_mat) {
+    const int fit = AMX_PANEL_BYTES / (piece_blocks(nb, n_mat) * AMX_BYTES * n_mat);
+    return MAX(1, fit * n_mat / 2) * 2 / n_mat;
+}
+
 // Groups from .. to of `n_mat` matrices.
 static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, int n_mat, int from, int to,
                    const struct mm_scratch *scratch) {
-    if (from >= to)
-        return;
-    const int nb = p->x.n_in / 32;
-    // silu() wants whole sums. Pieces are whole blocks of 256.
-    const int pieces = n_mat == 2 ? 1 : (nb + PIECE_BLOCKS - 1) / PIECE_BLOCKS;
-    const int piece = MIN(nb, ROUND_UP((nb + pieces - 1) / pieces, 8));
-    // As many groups as the cache holds, in pairs; all passes alike.
-    const int fit = AMX_PANEL_BYTES / (piece * AMX_BYTES * n_mat), most = MAX(1, fit * n_mat / 2) * 2 / n_mat;
+    const int nb = p->x.n_in / 32, piece = piece_blocks(nb, n_mat), most = groups_at_once(nb, n_mat);
+    // All passes alike.
     const int passes = (to - from + most - 1) / most, each = ROUND_UP((to - from + passes - 1) / passes, 2 / n_mat);
     for (int first = from; first < to; first += each)
         for (int b = 0; b < nb; b += piece) {
@@ -273,17 +279,17 @@ static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, i
 
 // A part of the scratch memory for as long as this thread works on the op: the same one as last time if it is free, so
 // that panels are written where this core's cache has them. The op's sync words say which ones are taken.
-static int take_part(void *scratch, int nth) {
+static int take_part(struct team *team, int nth) {
     static _Thread_local int part;
-    _Atomic uint8_t *taken = scratch;
+    _Atomic uint8_t *taken = (_Atomic uint8_t *)team->arrivals;
     for (part = part < nth ? part : 0;; part = (part + 1) % nth) {
         uint8_t no = 0;
         if (atomic_compare_exchange_strong_explicit(&taken[part], &no, 1, memory_order_acquire, memory_order_relaxed))
             return part;
     }
 }
-static void leave_part(void *scratch, int part) {
-    atomic_store_explicit((_Atomic uint8_t *)scratch + part, 0, memory_order_release);
+static void leave_part(struct team *team, int part) {
+    atomic_store_explicit((_Atomic uint8_t *)team->arrivals + part, 0, memory_order_release);
 }
 
 void clsa_matmul_amx(const struct clsa_matmul *p, int ith, int nth, void *scratch_) {
@@ -291,19 +297,23 @@ void clsa_matmul_amx(const struct clsa_matmul *p, int ith, int nth, void *scratc
         clsa_matmul_avx512vnni(p, ith, nth, scratch_);
         return;
     }
-    const int part = take_part(scratch_, nth);
+    (void)ith;
+    struct team *team = scratch_;
+    const int part = take_part(team, nth);
     const struct mm_scratch scratch = mm_scratch_of(p, part, scratch_);
-    const int swiglu_pair = p->epilogue == CLSA_EPILOGUE_SWIGLU;
-    const int64_t n = mm_groups(p);
-    int from = (int)(n * ith / nth), to = (int)(n * (ith + 1) / nth);
+    const int n_mat = p->epilogue == CLSA_EPILOGUE_SWIGLU ? 2 : 1, n = mm_groups(p);
+    // What shares a pass over x, where there is enough for all pieces.
+    const int unit = MAX(1, MIN(groups_at_once(p->x.n_in / 32, n_mat), n / nth));
     struct amx_config before;
     amx_start(&before);
-    for (int m = 0; m < (swiglu_pair ? 1 : p->n_mat); m++) {
-        const int mine = (p->mat[m].n_out + GROUP - 1) / GROUP;
-        if (from < mine && to > 0)
-            groups(p, p->mat + m, swiglu_pair ? 2 : 1, MAX(from, 0), MIN(to, mine), &scratch);
-        from -= mine, to -= mine;
-    }
+    for (int from, to; mm_claim(team, n, unit, nth, &from, &to);)
+        for (int m = 0; m < (n_mat == 2 ? 1 : p->n_mat); m++) {
+            const int mine = (p->mat[m].n_out + GROUP - 1) / GROUP;
+            if (from < mine && to > 0)
+                groups(p, p->mat + m, n_mat, MAX(from, 0), MIN(to, mine), &scratch);
+            from -= mine, to -= mine;
+        }
     amx_end(&before);
-    leave_part(scratch_, part);
+    leave_part(team, part);
+    team_leave(team, nth);
 }

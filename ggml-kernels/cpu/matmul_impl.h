@@ -100,9 +100,17 @@ static unpack_fn *unpacker(int type, int packed, int rows) {
 
 // ---- The op
 
-// The product of a group of one matrix with a tile of rows.
-static void group_tile(const struct clsa_matrix *m, const struct group *g, int last, const struct clsa_matmul *p,
-                       uint8_t *packed, int row, const uint8_t *panel, float *acc) {
+// The weights of group g of the op: of its matrix, or of the first or second one (`m`) of a pair.
+static const uint8_t *weights_of(const struct clsa_matmul *p, int m, int g) {
+    if (p->epilogue != CLSA_EPILOGUE_SWIGLU)
+        for (m = 0; m + 1 < p->n_mat && g >= (p->mat[m].n_out + GROUP - 1) / GROUP; m++)
+            g -= (p->mat[m].n_out + GROUP - 1) / GROUP;
+    return p->mat[m].w + (size_t)g * GROUP * mm_row_bytes(p->mat[m].type, p->x.n_in);
+}
+
+// The product of a group of one matrix with a tile of rows. ahead: the weights that this thread reads next.
+static void group_tile(const struct clsa_matrix *m, const struct group *g, const uint8_t *ahead,
+                       const struct clsa_matmul *p, uint8_t *packed, int row, const uint8_t *panel, float *acc) {
     const int n_in = p->x.n_in, nb = n_in / 32, n_rows = p->x.n_rows, rows = MIN(tile_rows(n_rows), n_rows - row);
     if (mm_is_float(m->type)) {
         const float *x = f32_rows(packed, n_rows, n_in, p->x.forms) + row * F32_STRIDE(n_in);
@@ -114,20 +122,27 @@ static void group_tile(const struct clsa_matrix *m, const struct group *g, int l
         tiles[mm_kind_of(m->type)][rows - 1](panel, &x, nb, acc);
         return;
     }
-    const struct goal to = {.x = x, .ahead = g->w + (last ? 0 : GROUP * g->row_bytes)};
+    const struct goal to = {.x = x, .ahead = ahead};
     unpacker(m->type, g->packed, rows)((struct src){g->w, g->row_bytes}, nb, &to, acc);
 }
 
-// Groups from .. to of `n_mat` matrices (two: gate and up) for all rows.
-static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, int n_mat, int from, int to,
-                   uint8_t *packed, const struct mm_scratch *scratch) {
-    const int n_rows = p->x.n_rows, n_in = p->x.n_in, nb = n_in / 32, direct = n_rows <= FEW_ROWS;
-    const int most = tile_rows(n_rows);
-    size_t size[2] = {0, 0};
+// Bytes of a group's panels, of one matrix or of two.
+static size_t panels_bytes(const struct clsa_matrix *mat, int n_mat, int n_in, size_t size[2]) {
+    size[0] = size[1] = 0;
     for (int m = 0; m < n_mat; m++)
         size[m] = mm_is_float(mat[m].type) ? GROUP * mm_row_bytes(mat[m].type, n_in)
-                                           : (size_t)nb * panel_block(mm_kind_of(mat[m].type));
-    const int at_once = (int)MAX(1, PANEL_BYTES / (size[0] + size[1]));
+                                           : (size_t)(n_in / 32) * panel_block(mm_kind_of(mat[m].type));
+    return size[0] + size[1];
+}
+
+// Groups from .. to of `n_mat` matrices (two: gate and up) for all rows. before: groups of the op that lie before those
+// of this matrix; after: the op's group that this thread goes on with.
+static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, int n_mat, int from, int to, int before,
+                   int after, uint8_t *packed, const struct mm_scratch *scratch) {
+    const int n_rows = p->x.n_rows, n_in = p->x.n_in, nb = n_in / 32, direct = n_rows <= FEW_ROWS;
+    const int most = tile_rows(n_rows);
+    size_t size[2];
+    const int at_once = (int)MAX(1, PANEL_BYTES / panels_bytes(mat, n_mat, n_in, size));
     for (int first = from; first < to; first += at_once) {
         const int count = MIN(at_once, to - first);
         for (int g = 0; g < count && !direct; g++)
@@ -141,13 +156,13 @@ static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, i
         for (int i = 0; i < n_tiles * count; i++) {
             // Directly: all rows with a group while it is cached. With panels: all groups with a tile of rows.
             const int g = direct ? i / n_tiles : i % count, row = most * (direct ? i % n_tiles : i / count);
-            const int rows = MIN(most, n_rows - row);
+            const int rows = MIN(most, n_rows - row), next = first + g + 1 < to ? before + first + g + 1 : after;
             _Alignas(64) float acc[2][TILE * GROUP];
             struct group at;
             for (int m = n_mat - 1; m >= 0; m--) {
                 at = group_of(&mat[m], n_in, first + g, scratch->rows);
                 const uint8_t *panel = scratch->panel + (size_t)g * (size[0] + size[1]) + m * size[0];
-                group_tile(&mat[m], &at, first + g + 1 == to, p, packed, row, direct ? NULL : panel, acc[m]);
+                group_tile(&mat[m], &at, weights_of(p, m, next), p, packed, row, direct ? NULL : panel, acc[m]);
                 close_up(&at, acc[m], rows);
             }
             if (n_mat == 2)
@@ -157,21 +172,42 @@ static void groups(const struct clsa_matmul *p, const struct clsa_matrix *mat, i
     }
 }
 
+// Groups that share a pass over many rows of x, where there are enough for all pieces.
+static int unit_of(const struct clsa_matmul *p, int n, int nth) {
+    if (p->x.n_rows <= FEW_ROWS)
+        return 1;
+    size_t size[2];
+    const int both = p->epilogue == CLSA_EPILOGUE_SWIGLU ? 2 : 1;
+    return (int)MAX(1, MIN(PANEL_BYTES / panels_bytes(p->mat, both, p->x.n_in, size), (size_t)(n / nth)));
+}
+
+// Lines of the first weights that are asked for before x is packed: as many as a core can have on their way.
+#define FIRST_LINES 48
+
 void NAME(clsa_matmul)(const struct clsa_matmul *p, int ith, int nth, void *scratch_) {
+    struct team *team = scratch_;
     const struct mm_scratch scratch = mm_scratch_of(p, ith, scratch_);
+    const int swiglu_pair = p->epilogue == CLSA_EPILOGUE_SWIGLU, n = mm_groups(p), unit = unit_of(p, n, nth);
     uint8_t *packed = p->x.packed;
-    if (!packed) {
-        struct clsa_pack own = p->x;
-        own.packed = packed = scratch.packed;
-        pack_rows(&own, 0, own.n_rows);
+    int from, to, next_from, next_to;
+    for (int more = mm_claim(team, n, unit, nth, &from, &to); more; from = next_from, to = next_to) {
+        if (!packed) {
+            for (int i = 0; i < FIRST_LINES; i++)
+                _mm_prefetch((const char *)weights_of(p, swiglu_pair, from) + 64 * i, _MM_HINT_T1);
+            struct clsa_pack own = p->x;
+            own.packed = packed = scratch.packed;
+            pack_rows(&own, 0, own.n_rows);
+        }
+        // Claimed ahead, so that its first weights are on their way when this claim ends.
+        more = mm_claim(team, n, unit, nth, &next_from, &next_to);
+        for (int m = 0, before = 0; m < (swiglu_pair ? 1 : p->n_mat); m++) {
+            const int mine = (p->mat[m].n_out + GROUP - 1) / GROUP;
+            const int first = MAX(from - before, 0), end = MIN(to - before, mine);
+            const int after = to > before + mine ? before + mine : more ? next_from : to - 1;
+            if (first < end)
+                groups(p, p->mat + m, swiglu_pair ? 2 : 1, first, end, before, after, packed, &scratch);
+            before += mine;
+        }
     }
-    const int swiglu_pair = p->epilogue == CLSA_EPILOGUE_SWIGLU;
-    const int64_t n = mm_groups(p);
-    int from = (int)(n * ith / nth), to = (int)(n * (ith + 1) / nth);
-    for (int m = 0; m < (swiglu_pair ? 1 : p->n_mat); m++) {
-        const int mine = (p->mat[m].n_out + GROUP - 1) / GROUP;
-        if (from < mine && to > 0)
-            groups(p, p->mat + m, swiglu_pair ? 2 : 1, MAX(from, 0), MIN(to, mine), packed, &scratch);
-        from -= mine, to -= mine;
-    }
+    team_leave(team, nth);
 }

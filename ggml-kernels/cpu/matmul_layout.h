@@ -2,6 +2,7 @@
 #pragma once
 #include "common.h"
 #include "matmul.h"
+#include "team.h"
 
 // ggml's numbers, values and bytes of a block.
 #define MM_TYPES(X)                                                                                                    \
@@ -145,6 +146,20 @@ ALWAYS_INLINE int mm_groups(const struct clsa_matmul *p) {
     for (int i = 0; i < used; i++)
         n += (p->mat[i].n_out + GROUP - 1) / GROUP;
     return n;
+}
+
+// Claims the next of the op's n groups for a thread: *from .. *to. False: none is left. Whole multiples of `unit`, and
+// the fewer the nearer the end, so that all threads end together, however unlike their speeds.
+ALWAYS_INLINE int mm_claim(struct team *team, int n, int unit, int nth, int *from, int *to) {
+    uint32_t next = atomic_load_explicit(&team->next, memory_order_relaxed), end;
+    do {
+        if (next >= (uint32_t)n)
+            return 0;
+        end = MIN((uint32_t)n, next + (uint32_t)MAX(1, (n - (int)next) / (2 * nth * unit)) * (uint32_t)unit);
+    } while (
+        !atomic_compare_exchange_weak_explicit(&team->next, &next, end, memory_order_relaxed, memory_order_relaxed));
+    *from = (int)next, *to = (int)end;
+    return 1;
 }
 
 // Scratch of one thread: unpacked weights, rows that it packs itself, and 16 rows of a matrix of fewer than 16.

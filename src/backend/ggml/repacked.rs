@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ggml_kernels::contracts::{clsa_matmul, clsa_pack};
+use ggml_kernels::limits;
 use ggml_kernels::matmul::{self, HugePages};
 use ggml_kernels::ops::{Op, Ops, Scratch};
 
@@ -34,7 +35,7 @@ pub struct Repacked {
 
 /// Groups of 16 rows that one thread repacks at a time.
 const GROUPS: usize = 16;
-/// Bytes of weights that [`pays`] measures with: more than the caches near a core hold.
+/// Bytes of weights that [`pays`] measures with.
 const SAMPLE: usize = 24 << 20;
 /// Generated tokens within which repacking shall have paid for itself.
 const PAID_BACK: f64 = 100.0;
@@ -172,6 +173,8 @@ fn pays(model: &Model, layers: &Range<usize>, ops: &Ops) -> bool {
             return f64::INFINITY;
         }
         let scratch = Scratch::of(&p, 1);
+        // As in a step, weights come from memory: some machines have a last-level cache that would hold the sample many times over.
+        limits::flush(if repacked { &groups[..rows.len()] } else { rows });
         let started = Instant::now();
         // SAFETY: checked above; the slices have the shapes of the contract, and one thread does all of it.
         unsafe { ops.run(&p, 0, 1, &scratch) };
