@@ -142,23 +142,33 @@ extern "C" __global__ void clsa_repack_kernel(const clsa_repack p) {
     }
 }
 
-// One thread per group.
-extern "C" __global__ void clsa_dequantize_kernel(const clsa_dequantize p) {
-    const int g = blockIdx.x * blockDim.x + threadIdx.x;
-    if (g >= p.matrix.cols / 32)
+// One thread per group of the whole matrix, blocks of 128. The weights change lanes in shared memory, so that each
+// store of a warp is 512 bytes side by side; chunks of 16 bytes are permuted there against bank conflicts.
+extern "C" __global__ void __launch_bounds__(128) clsa_dequantize_kernel(const clsa_dequantize p) {
+    __shared__ uint4 shared[4][128];
+    const int lane = threadIdx.x % 32;
+    uint4 *tile = shared[threadIdx.x / 32];
+    const auto place = [](int group, int chunk) { return group * 4 + (chunk ^ group / 2 % 4); };
+    const uint32_t per_row = p.matrix.cols / 32, groups = p.matrix.rows * per_row;
+    const uint32_t first = blockIdx.x * 128 + threadIdx.x / 32 * 32, n = min(first + lane, groups - 1);
+    if (first >= groups)
         return;
-    for (int r = blockIdx.y; r < p.matrix.rows; r += gridDim.y) {
-        half2 v[16];
+    half2 v[16];
 #define DEQUANTIZE(T)                                                                                                  \
     case T:                                                                                                            \
-        dequantize_group<T>(p.matrix, r, g, v);                                                                        \
+        dequantize_group<T>(p.matrix, n / per_row, n % per_row, v);                                                    \
         break;
-        CLSA_FOR_TYPE(p.matrix.type, DEQUANTIZE)
-        uint4 *out =
-            reinterpret_cast<uint4 *>(static_cast<__half *>(p.out) + (size_t(r) * (p.matrix.cols / 32) + g) * 32);
+    CLSA_FOR_TYPE(p.matrix.type, DEQUANTIZE)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            out[i] = make_uint4(bits(v[4 * i]), bits(v[4 * i + 1]), bits(v[4 * i + 2]), bits(v[4 * i + 3]));
+    for (int i = 0; i < 4; i++)
+        tile[place(lane, i)] = make_uint4(bits(v[4 * i]), bits(v[4 * i + 1]), bits(v[4 * i + 2]), bits(v[4 * i + 3]));
+    __syncwarp();
+    uint4 *out = static_cast<uint4 *>(p.out) + size_t(first) * 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int at = i * 32 + lane;
+        if (first + at / 4 < groups)
+            out[at] = tile[place(at / 4, at % 4)];
     }
 }
 

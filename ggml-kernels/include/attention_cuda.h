@@ -32,6 +32,21 @@ struct clsa_attention_cuda {
     int32_t reserved;
 };
 
+// Prefill on compute capability 9.0, d 128, f16 caches: the queries come from their projection (rope_append.h; q_norm
+// NULL: not normalised, cos NULL: not turned, else n_rot = d unless interleaved), and results go to `out_f16`, clamped
+// to f16's range, when that is not NULL.
+#define CLSA_PREFILL_HOPPER_ROWS 192 // (token, query head) rows of a block
+#define CLSA_PREFILL_HOPPER_SHARED (3 * 2 * 64 * 128 * 2 + 16 + 1024)
+struct clsa_prefill_cuda {
+    struct clsa_attention op;
+    const float *q_norm;    // [d]
+    const float *cos, *sin; // [n_rows][n_rot/2]
+    void *out_f16;          // [n_rows][n_head * d]
+    float eps;
+    int32_t n_rot, interleaved;
+    int32_t tokens; // rows of a tile
+};
+
 // rope_append and attention of a decode batch in one launch: `append` takes q, k and v from their projections and
 // writes the caches that `op` reads; op.q and append.q_out are not used. No two rows belong to the same sequence.
 struct clsa_append_attention_cuda {

@@ -131,8 +131,11 @@ impl Matrix {
     /// # Safety
     /// `out` has room for it and lives until the work is done.
     pub unsafe fn dequantize(&self, stream: &Stream, out: *mut half::f16) -> Result<()> {
-        let groups = self.cols / 32;
-        let launch = Launch::new(1, 128).grid(groups.div_ceil(128), self.rows.min(65_535), 1);
+        let groups = self.cols / 32 * self.rows;
+        if u32::try_from(groups).is_err() {
+            return Err(Error::Range(format!("{groups} groups of 32 weights to expand at once")));
+        }
+        let launch = Launch::new(groups.div_ceil(128), 128);
         let p = clsa_dequantize { matrix: self.view, out: out.cast() };
         // SAFETY: the kernel's own struct; the rest is the caller's.
         unsafe { launch.run(stream, &stream.device().function("clsa_dequantize_kernel")?, &(p,)) }

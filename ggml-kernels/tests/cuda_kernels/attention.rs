@@ -1,7 +1,9 @@
 //! attention and gather_attention against the scalar references.
 use crate::harness::*;
 use ggml_kernels::contracts::*;
-use ggml_kernels::cuda::ops::{DecodeScratch, Executor, Gathered, attention_prefill};
+use ggml_kernels::cuda::ops::{
+    DecodeScratch, Executor, Gathered, append_attention_prefill, attention_prefill,
+};
 
 #[derive(Clone)]
 pub struct Shape {
@@ -287,8 +289,19 @@ fn prefill_does_not_depend_on_the_batch() {
     });
 }
 
-/// rope_append and attention in one launch, against one after the other.
-fn check_append(target: &Target, s: &Shape, norm: bool, interleaved: bool) {
+/// Which op is checked.
+#[derive(Clone, Copy, PartialEq)]
+enum Rows {
+    /// One of each sequence.
+    Decode,
+    /// Many of each sequence.
+    Prefill,
+    /// The same, with results in f16.
+    Halves,
+}
+
+/// rope_append and attention in one, against one after the other.
+fn check_append(target: &Target, s: &Shape, norm: bool, interleaved: bool, rows: Rows) {
     let mut data = Data::new(target, s);
     let mut random = Random::new(77);
     let (n, width) = (s.rows.len(), s.n_kv * s.d);
@@ -360,12 +373,29 @@ fn check_append(target: &Target, s: &Shape, norm: bool, interleaved: bool) {
         v: device.v_cache,
         ..shape
     };
-    // SAFETY: buffers of these shapes live until the wait; every row has its own sequence.
-    unsafe { data.scratch().append_attention(target, &device, &op).expect("append_attention") };
+    let halves = Dual::<u16>::poisoned(target, n * s.n_head * s.d);
+    let out = (rows == Rows::Halves).then(|| halves.d().cast());
+    // SAFETY: buffers of these shapes live until the wait; of a decode batch every row has its own sequence.
+    unsafe {
+        if rows == Rows::Decode {
+            data.scratch().append_attention(target, &device, &op).expect("append_attention");
+        } else if !append_attention_prefill(target, &device, &op, out).expect("append_attention_prefill") {
+            assert_ne!(target.capability(), (9, 0), "a shape of that kernel");
+            return;
+        }
+    }
     target.wait();
-    let error = relative_error(&data.out.fetch(), &data.out.host, s.d);
+    let got = match rows {
+        Rows::Halves => halves.fetch().into_iter().map(|h| half::f16::from_bits(h).to_f32()).collect(),
+        _ => data.out.fetch(),
+    };
+    let error = relative_error(&got, &data.out.host, s.d);
     // A cached value may round to the neighbour of the reference's.
-    let tolerance = if s.k == CLSA_Q8_0 || s.v == CLSA_Q8_0 { 3e-3 } else { s.tolerance(false).max(1e-5) };
+    let tolerance = match rows {
+        Rows::Decode if s.k == CLSA_Q8_0 || s.v == CLSA_Q8_0 => 3e-3,
+        Rows::Decode => s.tolerance(false).max(1e-5),
+        _ => 2e-3,
+    };
     assert!(error < tolerance, "error {error}");
     for (kind, pool) in [(s.k, &data.k), (s.v, &data.v)] {
         let (want, got) = pool.both();
@@ -377,16 +407,58 @@ fn check_append(target: &Target, s: &Shape, norm: bool, interleaved: bool) {
 fn append_and_attend_in_one_launch() {
     on_each_target(|target| {
         let base = Shape { window: 100, ring: 128, ..Shape::decode(10, 2, 128, &[1, 16, 101, 450, 512]) };
-        check_append(target, &base, true, false);
-        check_append(target, &Shape { n_head: 9, n_kv: 3, d: 64, ring: 0, ..base.clone() }, false, false);
+        check_append(target, &base, true, false, Rows::Decode);
+        check_append(
+            target,
+            &Shape { n_head: 9, n_kv: 3, d: 64, ring: 0, ..base.clone() },
+            false,
+            false,
+            Rows::Decode,
+        );
         check_append(
             target,
             &Shape { n_head: 24, n_kv: 2, d: 64, window: 0, ring: 0, ..base.clone() },
             true,
             true,
+            Rows::Decode,
         );
         for (k, v, d) in [(CLSA_Q8_0, CLSA_F16, 128), (CLSA_F32, CLSA_F32, 64), (CLSA_F16, CLSA_F16, 256)] {
-            check_append(target, &Shape { k, v, d, ..base.clone() }, true, false);
+            check_append(target, &Shape { k, v, d, ..base.clone() }, true, false, Rows::Decode);
+        }
+    });
+}
+
+/// The kernel for compute capability 9.0: rows that fill blocks and that do not, several sequences in a block, windows and none, rings
+/// that tiles do not divide, every way to turn.
+#[test]
+fn append_and_attend_to_many_rows() {
+    on_each_target(|target| {
+        let span = |slot: usize, from: usize, to: usize| (from..to).map(move |p| (slot, p));
+        let base = Shape {
+            window: 100,
+            lens: vec![400],
+            rows: span(0, 130, 400).collect(),
+            ..Shape::decode(10, 2, 128, &[])
+        };
+        for rows in [Rows::Prefill, Rows::Halves] {
+            check_append(target, &base, true, false, rows);
+            check_append(target, &Shape { window: 0, n_head: 4, n_kv: 4, ..base.clone() }, false, true, rows);
+            check_append(target, &Shape { ring: 384, ..base.clone() }, true, true, rows);
+            check_append(
+                target,
+                &Shape { ring: 390, n_head: 7, n_kv: 1, ..base.clone() },
+                false,
+                false,
+                rows,
+            );
+            let ragged: Vec<_> = span(1, 0, 30).chain(span(0, 63, 70)).chain(span(2, 400, 540)).collect();
+            check_append(
+                target,
+                &Shape { n_head: 9, n_kv: 3, lens: vec![70, 30, 540], rows: ragged, ..base.clone() },
+                true,
+                false,
+                rows,
+            );
         }
     });
 }

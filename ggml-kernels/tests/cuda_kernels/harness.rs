@@ -58,6 +58,14 @@ impl Executor for Target {
             Self::Emulator { .. } => 3,
         }
     }
+    fn capability(&self) -> (i32, i32) {
+        match self {
+            Self::Gpu(_, stream) => stream.capability(),
+            // Of the instructions that have a second definition.
+            #[cfg(feature = "cuda-emulator")]
+            Self::Emulator { .. } => (8, 0),
+        }
+    }
     unsafe fn run<P: Copy>(&self, name: &str, launch: Launch, params: &P) -> Result<()> {
         match self {
             // SAFETY: the caller's.

@@ -38,8 +38,7 @@ impl Cuda {
         if out.iter().any(|(w, _)| w.ty == Type::F32) {
             return self.linear_f32(input, out, mode);
         }
-        let expandable = out.iter().all(|(w, _)| w.n_in * w.n_out <= self.s.w16.len());
-        if input.n > FEW && expandable && self.blas.is_some() {
+        if self.expands(&out.iter().map(|&(w, _)| w).collect::<Vec<_>>()) {
             return self.linear_many(input, out, mode);
         }
         let cols = out[0].0.n_in;
@@ -64,6 +63,12 @@ impl Cuda {
             unsafe { matmul::matmul(&self.stream, packed, &now, mode, (std::ptr::null_mut(), 1.0), None) }?;
         }
         Ok(())
+    }
+
+    /// Whether the rows in hand are multiplied with these weights expanded to f16.
+    pub(super) fn expands(&self, weights: &[&Weight]) -> bool {
+        let fits = |w: &&Weight| w.ty != Type::F32 && w.n_in * w.n_out <= self.s.w16.len();
+        self.rows().0 > FEW && self.blas.is_some() && weights.iter().all(fits)
     }
 
     /// Up to [`FEW`] rows as f16 in fragment order.
@@ -168,6 +173,9 @@ impl Cuda {
     /// `x += Wo attended`
     pub(super) fn output(&mut self, o: &Weight, next: &Weight) -> Result<()> {
         let (n, x) = self.rows();
+        if std::mem::take(&mut self.state.halves) {
+            return self.expanded(self.s.a16.ptr(), n, &[o], x.cast(), Output::AddF32, 1.0);
+        }
         let input = Input { x: self.s.attended.ptr(), n, norm: std::ptr::null(), eps: 0.0, scale: 1.0 };
         self.linear(input, &[(o, x)], Mode::Add, Some(next))
     }

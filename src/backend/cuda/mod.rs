@@ -17,7 +17,7 @@ use std::ops::Range;
 use ggml_kernels::contracts::*;
 use ggml_kernels::cuda::blas::Blas;
 use ggml_kernels::cuda::matmul::{self, Mode};
-use ggml_kernels::cuda::ops::{attention_prefill, rope_append};
+use ggml_kernels::cuda::ops::{append_attention_prefill, attention_prefill, rope_append};
 use ggml_kernels::cuda::{self, Device, Graph, Pinned, Stream};
 
 pub use self::caches::KvDevice;
@@ -92,6 +92,8 @@ struct State {
     moved: bool,
     routed: bool,
     logits: bool,
+    /// Attention left its results as f16 rows in `a16`.
+    halves: bool,
 }
 
 /// A recorded step.
@@ -473,10 +475,13 @@ impl Backend for Cuda {
         };
         let attention = self.attention(c.self_heads, c.window.unwrap_or(0), (k_cache, v_cache));
         self.mark(Stage::SelfProjections, Some(i))?;
+        let halves = self.expands(&[&layer.o]).then(|| self.s.a16.ptr());
         // SAFETY: buffers and caches of this backend, sized for max_rows; the engine's page tables name pages of the pools.
         unsafe {
             if self.shape.distinct {
                 self.s.decode.append_attention(&self.stream, &op, &attention)?;
+            } else if self.shape.runs && append_attention_prefill(&self.stream, &op, &attention, halves)? {
+                self.state.halves = halves.is_some();
             } else {
                 rope_append(&self.stream, &op)?;
                 if !(self.shape.runs && attention_prefill(&self.stream, &attention)?) {

@@ -6,10 +6,6 @@ use crate::contracts::*;
 const DECODE_THREADS: usize = 256;
 const DECODE_WARPS: usize = DECODE_THREADS / 32;
 const GATHER_THREADS: usize = 256;
-/// Rows (token, head) of a prefill tile, its threads, and the positions of a tile of keys (prefill_attention.cuh).
-const PREFILL_ROWS: usize = 128;
-const PREFILL_THREADS: usize = 256;
-const PREFILL_KEYS: usize = 64;
 /// Waves of blocks at most when positions are split.
 const WAVES: usize = 4;
 /// What a block's start, its warps' sums and their hand-over take, in the time of a tile (docs/gpu-notes.md).
@@ -27,14 +23,14 @@ unsafe impl Send for DecodeScratch {}
 
 /// The heads of an attention op.
 #[derive(Clone, Copy, Debug)]
-struct Heads {
-    n_head: usize,
-    n_kv: usize,
-    d: usize,
+pub(super) struct Heads {
+    pub n_head: usize,
+    pub n_kv: usize,
+    pub d: usize,
 }
 
 impl Heads {
-    fn new(n_head: i32, n_kv: i32, d: i32) -> Result<Self> {
+    pub fn new(n_head: i32, n_kv: i32, d: i32) -> Result<Self> {
         ensure(n_kv > 0 && n_head > 0 && n_head % n_kv == 0, || format!("{n_head} heads over {n_kv}"))?;
         ensure(d > 0 && d % 16 == 0 && d <= CLSA_MAX_D as i32, || {
             format!("head dim {d}: a multiple of 16 up to {CLSA_MAX_D}")
@@ -91,7 +87,7 @@ fn resident(d: usize) -> usize {
 const TICKETS: usize = 16384;
 
 /// Whether the kernels on f16 fragments take these rows, and the names of their types.
-fn fast(k: &clsa_rows, v: &clsa_rows, d: usize) -> Result<(bool, &'static str, &'static str)> {
+pub(super) fn fast(k: &clsa_rows, v: &clsa_rows, d: usize) -> Result<(bool, &'static str, &'static str)> {
     let (k_name, v_name) = (type_name(k.type_)?, type_name(v.type_)?);
     let wide = |rows: &clsa_rows, name| {
         name == "q8_0"
@@ -111,13 +107,13 @@ fn general(d: usize) -> &'static str {
 }
 
 /// The kernels read q and write out 16 bytes at a time.
-fn aligned(q: *const f32, out: *const f32) -> Result<()> {
+pub(super) fn aligned(q: *const f32, out: *const f32) -> Result<()> {
     ensure(q.addr().is_multiple_of(16) && out.addr().is_multiple_of(16), || {
         format!("attention: q at {q:p} and out at {out:p}, multiples of 16 wanted")
     })
 }
 
-fn same_place(k: &clsa_rows, v: &clsa_rows, heads: Heads) -> Result<()> {
+pub(super) fn same_place(k: &clsa_rows, v: &clsa_rows, heads: Heads) -> Result<()> {
     let width = (heads.n_kv * heads.d) as i32;
     ensure(k.width == width && v.width == width && k.ring == v.ring, || {
         format!(
@@ -258,32 +254,6 @@ impl DecodeScratch {
         // SAFETY: as above.
         unsafe { on.run(&name, launch, &params) }
     }
-}
-
-/// Queues `op` (attention.h) for a batch of many rows of the same sequences, whose pointers are device addresses. False when no kernel
-/// takes this shape (a cache of f32, a head dim other than 64 and 128): then [`DecodeScratch::attention`] does, row by row.
-///
-/// # Errors
-/// A shape that cannot be, or a failure of the driver.
-///
-/// # Safety
-/// The pointers of `op` are valid on the executor's device until the work is done; positions lie within the page tables.
-pub unsafe fn attention_prefill(on: &impl Executor, op: &clsa_attention) -> Result<bool> {
-    let heads = Heads::new(op.n_head, op.n_kv, op.d)?;
-    same_place(&op.k, &op.v, heads)?;
-    aligned(op.q, op.out)?;
-    let (fast, k, v) = fast(&op.k, &op.v, heads.d)?;
-    let tokens = PREFILL_ROWS / (heads.n_head / heads.n_kv);
-    if !fast || tokens == 0 {
-        return Ok(false);
-    }
-    let params = clsa_attention_cuda { op: *op, tokens: tokens as i32, ..Default::default() };
-    let launch = Launch::new(1, PREFILL_THREADS)
-        .grid((op.batch.n_rows as usize).div_ceil(tokens), heads.n_kv, 1)
-        .shared(4 * PREFILL_KEYS * heads.d * 2);
-    // SAFETY: the kernel's parameter struct; its addresses are the caller's promise.
-    unsafe { on.run(&format!("attention_prefill_{k}_{v}_d{}", heads.d), launch, &params) }?;
-    Ok(true)
 }
 
 /// Room for the selected K and V rows of a batch side by side, f16 (f32 where the cache is f32).

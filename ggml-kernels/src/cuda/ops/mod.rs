@@ -3,11 +3,13 @@
 //! What is launched depends on shapes only, never on positions, lengths or page tables, which the kernels read from device memory:
 //! a recorded graph serves every later token of the same shape.
 mod attention;
+mod prefill;
 mod rope_append;
 mod route;
 mod sample;
 
-pub use attention::{DecodeScratch, Gathered, attention_prefill};
+pub use attention::{DecodeScratch, Gathered};
+pub use prefill::{append_attention_prefill, attention_prefill};
 pub use rope_append::rope_append;
 pub use route::RouteScratch;
 pub use sample::{philox_uniform, sample, sample_state_bytes};
@@ -18,6 +20,8 @@ use super::{Error, Launch, Result, Stream};
 pub trait Executor {
     /// Multiprocessors, by which grids are sized.
     fn multiprocessors(&self) -> usize;
+    /// Compute capability, by which kernels for one architecture are chosen.
+    fn capability(&self) -> (i32, i32);
     /// Queues kernel `name`, whose only parameter is `P` by value.
     ///
     /// # Errors
@@ -35,6 +39,9 @@ const SHARED_BY_DEFAULT: usize = 48 * 1024;
 impl Executor for Stream {
     fn multiprocessors(&self) -> usize {
         self.device().multiprocessors()
+    }
+    fn capability(&self) -> (i32, i32) {
+        self.device().capability()
     }
     unsafe fn run<P: Copy>(&self, name: &str, launch: Launch, params: &P) -> Result<()> {
         let function = self.device().function(name)?;
