@@ -99,17 +99,18 @@ ALWAYS_INLINE void block(const uint8_t *x, size_t x_stride, const uint8_t *w, si
     MM_SUM(3, m > 1 && n > 1)
 #undef MM_SUM
     for (int b = 0; b < nb; b++, x += AMX_BYTES, w += AMX_BYTES) {
+        // All loads first: products between them would wait for the one before and hold up the next.
         amx_load(6, w, 64);
         amx_load(4, x, 64);
-        amx_dot_bf16(0, 4, 6);
-        if (n > 1) {
+        if (n > 1)
             amx_load(7, w + w_stride, 64);
-            amx_dot_bf16(1, 4, 7);
-        }
-        if (m > 1) {
+        if (m > 1)
             amx_load(5, x + x_stride, 64);
+        amx_dot_bf16(0, 4, 6);
+        if (n > 1)
+            amx_dot_bf16(1, 4, 7);
+        if (m > 1)
             amx_dot_bf16(2, 5, 6);
-        }
         if (m > 1 && n > 1)
             amx_dot_bf16(3, 5, 7);
         for (int line = 0; line < AMX_ROWS; line++) {
