@@ -38,7 +38,7 @@ fn kernels(level: Level) -> (Rate, Rate, Read) {
     }
 }
 
-/// Measures with `threads` threads of a level, in about a second and with 512 MiB: the best of five rounds each.
+/// Measures with `threads` threads of a level, in about a second and with the memory of [`Reads`]: the best of five rounds each.
 ///
 /// # Panics
 /// This CPU cannot run the level, or the memory is not to be had.
@@ -46,7 +46,7 @@ fn kernels(level: Level) -> (Rate, Rate, Read) {
 pub fn measure(level: Level, threads: usize) -> Limits {
     assert!(level.available(), "{level} on this CPU");
     let threads = threads.max(1);
-    let (int8, float, read) = kernels(level);
+    let (int8, float, _) = kernels(level);
     let best = |work: &(dyn Fn(usize) -> f64 + Sync)| (0..5).map(|_| rate(threads, work)).fold(0.0, f64::max);
     const STEPS: i64 = 1_000_000;
     #[cfg(not(all(target_arch = "x86_64", clsa_amx)))]
@@ -54,24 +54,50 @@ pub fn measure(level: Level, threads: usize) -> Limits {
     // SAFETY: the level is available; no memory is touched.
     #[cfg(all(target_arch = "x86_64", clsa_amx))]
     let bf16 = (level == Level::Amx).then(|| best(&|_| unsafe { clsa_limit_bf16_amx(STEPS / 16) }));
-    // Large pages where the system has them, as the caches ask for: reads of small ones are a third slower.
-    let mut memory = memmap2::MmapMut::map_anon(512 << 20).expect("512 MiB of memory to measure with");
-    #[cfg(target_os = "linux")]
-    let _ = memory.advise(memmap2::Advice::HugePage);
-    // Written, so that no page is the system's page of zeros.
-    memory.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i ^ i >> 8) as u8);
-    let part = memory.len() / threads / 512 * 512;
+    let reads = Reads::new(level, threads);
     Limits {
-        // SAFETY: reads the slice.
-        read: best(&|i| unsafe {
-            read(memory[i * part..].as_ptr(), part);
-            part as f64
-        }),
+        read: (0..5).map(|_| reads.rate()).fold(0.0, f64::max),
         bf16,
         // SAFETY: the level is available; no memory is touched.
         int8: best(&|_| unsafe { int8(STEPS) }),
         // SAFETY: as above.
         float: best(&|_| unsafe { float(STEPS) }),
+    }
+}
+
+/// 512 MiB to read, again and again: next to what is timed, on a machine whose rates drift.
+#[derive(Debug)]
+pub struct Reads {
+    memory: memmap2::MmapMut,
+    level: Level,
+    threads: usize,
+}
+
+impl Reads {
+    /// Memory for `threads` threads of a level.
+    ///
+    /// # Panics
+    /// This CPU cannot run the level, or the memory is not to be had.
+    #[must_use]
+    pub fn new(level: Level, threads: usize) -> Self {
+        assert!(level.available(), "{level} on this CPU");
+        // Large pages where the system has them, as the caches ask for: reads of small ones are a third slower.
+        let mut memory = memmap2::MmapMut::map_anon(512 << 20).expect("512 MiB of memory to measure with");
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        // Written, so that no page is the system's page of zeros.
+        memory.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i ^ i >> 8) as u8);
+        Self { memory, level, threads: threads.max(1) }
+    }
+
+    /// Reads all of it once; bytes per second.
+    #[must_use]
+    pub fn rate(&self) -> f64 {
+        let part = self.memory.len() / self.threads / 512 * 512;
+        rate(self.threads, &|i| {
+            read(self.level, &self.memory[i * part..(i + 1) * part]);
+            part as f64
+        })
     }
 }
 

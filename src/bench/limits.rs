@@ -1,4 +1,5 @@
 //! What a machine allows at most, and what a test must at least move and compute: together, the least time it can take.
+pub use ggml_kernels::limits::Reads;
 use ggml_kernels::simd::Level;
 use ggml_kernels::{cuda, limits};
 
@@ -31,6 +32,14 @@ impl Machine {
         let copy = copy_rate(threads.max(1));
         let l = limits::measure(level, threads);
         Ok(Self { read: l.read, copy, quantized: l.int8, float: l.float })
+    }
+
+    /// What measures the read bandwidth between repetitions.
+    ///
+    /// # Errors
+    /// As [`Self::of_cpu`].
+    pub fn reads(threads: usize) -> Result<Reads> {
+        Ok(Reads::new(Level::chosen().map_err(|e| Error::Input(e.to_string()))?, threads))
     }
 
     /// Measures GPU `ordinal`: a copy of 1 GiB, and a product of f16 matrices by cuBLASLt.

@@ -54,6 +54,9 @@ pub struct Row {
     /// Share of what the machine's measured limits allow, where `--limits` was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share_of_limit: Option<f64>,
+    /// Bytes per second that a CPU read between the repetitions (median), where `--limits` was given: what the share goes by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_bandwidth: Option<f64>,
     /// Speed over the baseline's (the Transformer), median of the pairs, where `--compare` was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speedup: Option<f64>,
@@ -246,6 +249,7 @@ impl<W: Write> Report<W> {
             ("avg_ts", row.avg_ts.to_string()),
             ("stddev_ts", row.stddev_ts.to_string()),
             ("share_of_limit", optional(row.share_of_limit)),
+            ("read_bandwidth", optional(row.read_bandwidth)),
             ("speedup", optional(row.speedup)),
             ("ratio_to_llama_cpp", optional(row.ratio_to_llama_cpp)),
         ];
@@ -297,6 +301,7 @@ pub(super) mod tests {
             avg_ts: 24.0,
             stddev_ts: 8.0,
             share_of_limit: None,
+            read_bandwidth: None,
             speedup: Some(2.5),
             ratio_to_llama_cpp: None,
             breakdown: vec![Timing { stage: Stage::Scoring, layer: None, seconds: 0.25 }],

@@ -11,7 +11,7 @@ use super::model::{CacheTypeArg, Device, GpuArgs, GpuMemoryArgs, ModelArgs};
 use super::{stdout_error, token_bar};
 use crate::backend::{Routing, ggml::Repack};
 use crate::bench::contest::{Contest, Plan, Samples, Way};
-use crate::bench::limits::{self, Machine};
+use crate::bench::limits::{self, Machine, Reads};
 use crate::bench::peer::Peer;
 use crate::bench::report::{self, Columns, Format, Report, Row};
 use crate::bench::{Bench, Fill, Test, chart, check, list, mean_and_deviation, median, plot};
@@ -129,8 +129,8 @@ pub struct BenchArgs {
     /// Measure nothing: take the rows of earlier runs (-o json or jsonl; repeatable)
     #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "compare", "with_llama_cpp"])]
     read: Vec<PathBuf>,
-    /// Measure the machine first (bandwidth of reading and copying, rate of products) and add a column: the least time that the
-    /// bytes and operations of a test allow, as a share of the time it took
+    /// Measure the machine first (bandwidth of reading and copying, rate of products; on a CPU its reads again after each repetition)
+    /// and add a column: the least time that the bytes and operations of a test allow, as a share of the time it took
     #[arg(long)]
     limits: bool,
     /// Time each part of a step (or of a prompt) in runs of their own: embedding, projections, attention, feed-forward, scoring, top-k,
@@ -370,6 +370,9 @@ struct Session<'a> {
     peer_model: Option<Model>,
     /// Of each engine's device, where they were asked for.
     limits: Vec<Machine>,
+    /// On a CPU, what measures its reads again, and what it measured between the repetitions of the tests in hand.
+    reads: Option<Reads>,
+    read_rates: Vec<f64>,
 }
 
 impl<'a> Session<'a> {
@@ -412,8 +415,16 @@ impl<'a> Session<'a> {
         };
         let peer = peer_path.map(|path| Peer::open(path, context, max_rows, threads)).transpose()?;
         let peer_model = peer_path.map(Model::open).transpose()?;
-        let mut session =
-            Self { contest: Contest { benches, peer }, setting, threads, ways, peer_model, limits: vec![] };
+        let mut session = Self {
+            contest: Contest { benches, peer },
+            setting,
+            threads,
+            ways,
+            peer_model,
+            limits: vec![],
+            reads: None,
+            read_rates: vec![],
+        };
         session.check(args)?;
         if args.limits {
             session.measure_limits()?;
@@ -440,7 +451,11 @@ impl<'a> Session<'a> {
             let machine = match self.limits.first() {
                 Some(machine) => *machine,
                 None if bench.engine().backend().describe().starts_with("CUDA") => Machine::of_gpu(0)?,
-                None => Machine::of_cpu(self.threads)?,
+                None => {
+                    let machine = Machine::of_cpu(self.threads)?;
+                    self.reads = Some(Machine::reads(self.threads)?);
+                    machine
+                }
             };
             if self.limits.is_empty() {
                 eprintln!("{machine}");
@@ -450,10 +465,16 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// Bytes per second that could be read between the repetitions, where that was measured.
+    fn read_bandwidth(&self) -> Option<f64> {
+        (!self.read_rates.is_empty()).then(|| median(&self.read_rates))
+    }
+
     /// The least time that the machine's limits allow, over the median time it took.
     fn share_of_limit(&self, way: Way, model: &Model, test: &Test, samples: &Samples) -> Option<f64> {
         let Way::Ours { bench, routing } = way else { return None };
-        let machine = self.limits.get(bench)?;
+        let machine = *self.limits.get(bench)?;
+        let machine = Machine { read: self.read_bandwidth().unwrap_or(machine.read), ..machine };
         let bench = &self.contest.benches[bench];
         let (spec, (_, top_k)) = (bench.engine().spec(), bench.engine().routing());
         let setting = limits::Setting { model, spec, routing, top_k, batch: bench.batch() };
@@ -497,7 +518,11 @@ impl<'a> Session<'a> {
     ) -> Result<()> {
         let mut ways: Vec<Way> = round.iter().map(|(way, ..)| *way).collect();
         ways.extend(self.contest.peer.is_some().then_some(Way::LlamaCpp));
-        let all = self.contest.measure(&ways, tests, plan, || bar.inc(1))?;
+        self.read_rates.clear();
+        let all = self.contest.measure(&ways, tests, plan, || {
+            bar.inc(1);
+            self.read_rates.extend(self.reads.as_ref().map(Reads::rate));
+        })?;
         for (test, samples) in tests.iter().zip(&all) {
             self.rows(args, plan, round, test, samples, emit)?;
         }
@@ -522,6 +547,7 @@ impl<'a> Session<'a> {
             emit(Row {
                 breakdown: parts.unwrap_or_default(),
                 share_of_limit: self.share_of_limit(*way, model, test, samples),
+                read_bandwidth: self.read_bandwidth(),
                 speedup: base.and_then(|base| samples.speedup_over(base)),
                 ratio_to_llama_cpp: theirs.and_then(|theirs| samples.speedup_over(theirs)),
                 ..row
@@ -568,6 +594,7 @@ impl<'a> Session<'a> {
             avg_ts,
             stddev_ts,
             share_of_limit: None,
+            read_bandwidth: None,
             speedup: None,
             ratio_to_llama_cpp: None,
             breakdown: vec![],

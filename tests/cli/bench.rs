@@ -251,6 +251,7 @@ fn limits_and_breakdowns_stand_beside_the_rates() {
     for row in rows(&said.stdout) {
         let share = row["share_of_limit"].as_f64().expect("a share");
         assert!(share > 0.0 && share < 1.0, "{row}");
+        assert!(row["read_bandwidth"].as_f64().is_some_and(|b| b > 1e8), "{row}");
         let parts = parts(&row);
         for part in
             ["embedding", "self_attention", "feed_forward", "shared_memory", "scoring", "top_k", "logits"]
