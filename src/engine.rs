@@ -314,10 +314,13 @@ impl Engine {
         self.run_beside(rows, None)
     }
 
-    /// [`Self::run`], which first queues the rows where the backend can, and takes a checkpoint of `due` as it was before them while they
-    /// are worked on: a ring holds the windows before a micro-batch until the one after it.
-    fn run_beside(&mut self, rows: &[Row], due: Option<SeqId>) -> Result<&[f32]> {
+    /// [`Self::run`], and a checkpoint of `due` as it was before the rows: while they are worked on, where the backend queues them, since a
+    /// ring holds the windows before a micro-batch until the one after it.
+    fn run_beside(&mut self, rows: &[Row], mut due: Option<SeqId>) -> Result<&[f32]> {
         let (routing, top_k) = (self.routing, self.top_k);
+        if self.backend.records(rows.len()) {
+            due.take().map_or(Ok(()), |seq| self.checkpoint(seq))?;
+        }
         let begun = self.begin(rows).and_then(|grown| {
             let (config, backend) = (&self.model.config, &mut *self.backend);
             record(backend, config, &self.batch, &self.tables, routing, top_k).map(|()| grown)

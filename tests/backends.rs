@@ -259,6 +259,12 @@ fn options_512(options: &Options) -> Options {
 }
 
 #[test]
+fn a_prompt_leaves_checkpoints_on_its_way() {
+    let file = convert(&golden_dir("yoco-clsa"), "Q4_K_M");
+    checkpoints_on_the_way(&file.open(), Device::Ggml, &options(None));
+}
+
+#[test]
 fn an_exported_sequence_lives_on_in_another_engine() {
     for (family, model) in f32_models() {
         for cache in [CacheType::F32, CacheType::F16, CacheType::Q8_0] {

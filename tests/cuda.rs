@@ -240,6 +240,14 @@ fn engines_in_several_threads_do_not_disturb_each_other() {
     });
 }
 
+/// Of a last micro-batch that is recorded (few rows), and of one that is not.
+#[test]
+fn a_prompt_leaves_checkpoints_on_its_way() {
+    let Some(_gpu) = gpu() else { return };
+    let file = convert(&golden_dir("yoco-clsa"), "Q4_K_M");
+    checkpoints_on_the_way(&file.open(), Device::Cuda, &f16_options());
+}
+
 #[test]
 fn keys_and_values_on_the_host_change_nothing() {
     let Some(_gpu) = gpu() else { return };

@@ -250,6 +250,12 @@ pub trait Backend: Send {
     /// Bytes of a slot's windows for a sequence of `len` positions: per self layer the K rows, then the V rows, of the last
     /// `min(len, window - 1)` positions in increasing position. Empty for a Transformer.
     fn save_window(&mut self, slot: u32, len: usize) -> Result<Vec<u8>>;
+    /// Whether the verbs of a batch of `rows` rows may only record it: then nothing runs before [`Self::finish`], and until then caches
+    /// must not be read.
+    fn records(&self, rows: usize) -> bool {
+        let _ = rows;
+        false
+    }
     /// The reverse of [`Self::save_window`], into any slot.
     fn load_window(&mut self, slot: u32, len: usize, bytes: &[u8]) -> Result<()>;
     /// Gives slot `to` the windows of slot `from`, of a sequence of `len` positions.

@@ -333,6 +333,11 @@ impl Backend for Split {
         Ok(())
     }
 
+    /// A part may see fewer rows than the whole.
+    fn records(&self, _: usize) -> bool {
+        self.parts.iter().any(|held| held.part.records(1))
+    }
+
     fn save_window(&mut self, slot: u32, len: usize) -> Result<Vec<u8>> {
         let mut out = vec![];
         for held in &mut self.parts {

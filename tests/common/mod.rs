@@ -1,5 +1,6 @@
 //! What the tests of the whole share: models made from checkpoints and presets, engines over them, greedy text, distances.
 #![allow(dead_code)] // Each test file uses its own part.
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -105,6 +106,27 @@ pub fn engine(model: &Model, device: Device, options: &Options) -> Engine {
         ),
     };
     Engine::new(model.clone(), backend, options).expect("an engine")
+}
+
+/// A checkpoint that a prompt leaves on its way holds the windows of a prompt that ends there, however few tokens follow it.
+pub fn checkpoints_on_the_way(model: &Model, device: Device, options: &Options) {
+    const AT: usize = 8192; // where prefill leaves one by itself
+    let options = Options { context: AT + 128, max_rows: 512, n_seq: 1, ..options.clone() };
+    let vocab = model.config.vocab as u32;
+    let tokens: Vec<u32> = (0..AT as u32 + 128).map(|i| i * 7919 % vocab).collect();
+    let mut windows = vec![];
+    for len in [AT, AT + 10, AT + 100] {
+        let mut engine = engine(model, device, &options);
+        let seq = engine.create().expect("a sequence");
+        engine.prefill(seq, &tokens[..len], |_| ControlFlow::Continue(())).expect("prefill");
+        if len == AT {
+            engine.checkpoint(seq).expect("a checkpoint");
+        }
+        let last = engine.checkpoints(seq).last().map(|(at, window)| (at, window.to_vec()));
+        windows.push(last.expect("a checkpoint"));
+    }
+    assert_eq!(windows[0].0, AT);
+    assert!(!windows[0].1.is_empty() && windows.iter().all(|w| *w == windows[0]), "not the windows at {AT}");
 }
 
 /// Appends `tokens` in micro-batches of at most `chunk` and returns the logits of the last.

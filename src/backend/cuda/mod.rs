@@ -687,6 +687,9 @@ impl Backend for Cuda {
     fn save_window(&mut self, slot: u32, len: usize) -> Result<Vec<u8>> {
         self.caches.save_window(slot, len)
     }
+    fn records(&self, rows: usize) -> bool {
+        rows <= FEW
+    }
     fn load_window(&mut self, slot: u32, len: usize, bytes: &[u8]) -> Result<()> {
         self.caches.load_window(slot, len, bytes)
     }
