@@ -320,9 +320,6 @@ __device__ __forceinline__ void prefill(const clsa_prefill_cuda &p) {
     }
 }
 
-#else
-// Not launched: the host asks for compute capability 9.0 exactly.
-__device__ void prefill(const clsa_prefill_cuda &) {}
 #endif
 
 } // namespace
@@ -330,5 +327,10 @@ __device__ void prefill(const clsa_prefill_cuda &) {}
 // Grid (tiles of p.tokens rows, n_kv); shared: CLSA_PREFILL_HOPPER_SHARED.
 static_assert(STAGES * 2 * TILE_BYTES + 16 + 1024 == CLSA_PREFILL_HOPPER_SHARED, "what the launch asks for");
 static_assert(64 * GROUPS == CLSA_PREFILL_HOPPER_ROWS, "what the launch counts with");
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 CLSA_KERNEL(attention_prefill_hopper, clsa_prefill_cuda, (THREADS, 1), (prefill(p)))
+#else
+// Code for other targets does not have that name, so that the host cannot launch what does nothing; no file is empty.
+CLSA_KERNEL(attention_prefill_other, clsa_prefill_cuda, (THREADS, 1), )
+#endif
 #endif // CLSA_EMULATE

@@ -58,12 +58,12 @@ impl Executor for Target {
             Self::Emulator { .. } => 3,
         }
     }
-    fn capability(&self) -> (i32, i32) {
+    fn has(&self, name: &str) -> bool {
         match self {
-            Self::Gpu(_, stream) => stream.capability(),
-            // Of the instructions that have a second definition.
+            Self::Gpu(_, stream) => stream.has(name),
+            // What one architecture alone can do has no second definition.
             #[cfg(feature = "cuda-emulator")]
-            Self::Emulator { .. } => (8, 0),
+            Self::Emulator { .. } => name != "attention_prefill_hopper",
         }
     }
     unsafe fn run<P: Copy>(&self, name: &str, launch: Launch, params: &P) -> Result<()> {

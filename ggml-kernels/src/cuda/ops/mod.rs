@@ -20,8 +20,8 @@ use super::{Error, Launch, Result, Stream};
 pub trait Executor {
     /// Multiprocessors, by which grids are sized.
     fn multiprocessors(&self) -> usize;
-    /// Compute capability, by which kernels for one architecture are chosen.
-    fn capability(&self) -> (i32, i32);
+    /// Whether there is a kernel `name`: some are built for one architecture only.
+    fn has(&self, name: &str) -> bool;
     /// Queues kernel `name`, whose only parameter is `P` by value.
     ///
     /// # Errors
@@ -40,8 +40,8 @@ impl Executor for Stream {
     fn multiprocessors(&self) -> usize {
         self.device().multiprocessors()
     }
-    fn capability(&self) -> (i32, i32) {
-        self.device().capability()
+    fn has(&self, name: &str) -> bool {
+        self.device().function(name).is_ok()
     }
     unsafe fn run<P: Copy>(&self, name: &str, launch: Launch, params: &P) -> Result<()> {
         let function = self.device().function(name)?;

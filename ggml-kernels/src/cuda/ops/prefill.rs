@@ -43,14 +43,17 @@ pub unsafe fn attention_prefill(on: &impl Executor, op: &clsa_attention) -> Resu
     Ok(true)
 }
 
-/// Whether the kernel for compute capability 9.0 takes the shape.
+/// The kernel for compute capability 9.0, of builds with code for that very architecture (`90a`).
+const HOPPER: &str = "attention_prefill_hopper";
+
+/// Whether there is one, and it takes the shape.
 fn hopper(on: &impl Executor, op: &clsa_attention, heads: Heads) -> Result<bool> {
     let (fast, k, v) = fast(&op.k, &op.v, heads.d)?;
     let group = heads.n_head / heads.n_kv;
-    Ok(on.capability() == (9, 0)
-        && fast
+    Ok(fast
         && (k, v, heads.d) == ("f16", "f16", 128)
-        && group <= CLSA_PREFILL_HOPPER_ROWS as usize)
+        && group <= CLSA_PREFILL_HOPPER_ROWS as usize
+        && on.has(HOPPER))
 }
 
 unsafe fn launch_hopper(on: &impl Executor, heads: Heads, params: clsa_prefill_cuda) -> Result<()> {
@@ -60,7 +63,7 @@ unsafe fn launch_hopper(on: &impl Executor, heads: Heads, params: clsa_prefill_c
         .grid((params.op.batch.n_rows as usize).div_ceil(tokens), heads.n_kv, 1)
         .shared(CLSA_PREFILL_HOPPER_SHARED as usize);
     // SAFETY: the kernel's parameter struct; its addresses are the caller's promise.
-    unsafe { on.run("attention_prefill_hopper", launch, &params) }
+    unsafe { on.run(HOPPER, launch, &params) }
 }
 
 /// Queues `append` (rope_append.h) and then `op` over the same caches for a batch of many rows of the same sequences, where one kernel
