@@ -242,11 +242,7 @@ template <int D> struct QueryHeads {
             for (int i = 0; i < 8; ++i)
                 largest = fmaxf(largest, fabsf(x[s][i]));
         }
-        largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 2));
-        int shift = 14 - ((int)(f32_bits(largest) >> 23 & 0xff) - 127);
-        shift = largest == 0 ? 0 : max(-126, min(126, shift));
-        const float scale = bits_f32((uint32_t)(shift + 127) << 23);
+        const auto [scale, inverse] = quad_scale(largest, 14);
 #pragma unroll
         for (int s = 0; s < D / 32; ++s) {
 #pragma unroll
@@ -258,7 +254,7 @@ template <int D> struct QueryHeads {
                     pack_half2(a - half_to_float((uint16_t)pair), b - half_to_float((uint16_t)(pair >> 16)));
             }
         }
-        return bits_f32((uint32_t)(127 - shift) << 23);
+        return inverse;
     }
 };
 

@@ -7,6 +7,7 @@
 #pragma once
 #include "attention_cuda.h"
 #include "cache_rows.cuh"
+#include "softmax.cuh"
 
 constexpr int PREFILL_THREADS = 256, PREFILL_ROWS = PREFILL_THREADS / 2, PREFILL_KEYS = 64;
 
@@ -55,12 +56,8 @@ template <int D> struct QueryRows {
                     q[h] == nullptr ? make_float2(0, 0) : *reinterpret_cast<const float2 *>(q[h] + i * 8 + t * 2);
                 largest = fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y)));
             }
-            largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
-            largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 2));
-            int shift = 8 - ((int)(f32_bits(largest) >> 23 & 0xff) - 127);
-            shift = largest == 0 ? 0 : max(-126, min(126, shift));
-            const float scale = bits_f32((uint32_t)(shift + 127) << 23);
-            unscale[h] = bits_f32((uint32_t)(127 - shift) << 23);
+            const auto [scale, inverse] = quad_scale(largest, 8);
+            unscale[h] = inverse;
 #pragma unroll
             for (int i = 0; i < D / 8; ++i) {
                 const float2 x =
@@ -158,37 +155,7 @@ template <int TK, int TV, int D> __device__ __forceinline__ void attention_prefi
                     }
                 }
             }
-            float correction[2];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float largest = -INFINITY;
-#pragma unroll
-                for (int j = 0; j < PREFILL_KEYS / 8; ++j)
-                    largest = fmaxf(largest, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
-                largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
-                largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 2));
-                const float before = top[h];
-                top[h] = fmaxf(before, largest * factor[h]);
-                // Nothing seen yet: every weight is 2^-inf, not 2^(inf - inf).
-                const float base = top[h] == -INFINITY ? 0.0f : top[h];
-                correction[h] = exp2_approx(before - base);
-                float weights = 0;
-#pragma unroll
-                for (int j = 0; j < PREFILL_KEYS / 8; ++j) {
-#pragma unroll
-                    for (int i = 2 * h; i < 2 * h + 2; ++i) {
-                        score[j][i] = exp2_approx(fmaf(score[j][i], factor[h], -base));
-                        weights += score[j][i];
-                    }
-                }
-                sum[h] = fmaf(sum[h], correction[h], weights);
-            }
-#pragma unroll
-            for (int i = 0; i < D / 8; ++i) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    out[i][j] *= correction[j / 2];
-            }
+            softmax_step(score, factor, top, sum, out);
 #pragma unroll
             for (int j = 0; j < PREFILL_KEYS / 16; ++j) {
                 const uint32_t a[4] = {pack_half2(score[2 * j][0], score[2 * j][1]),

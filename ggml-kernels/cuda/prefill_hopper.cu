@@ -9,6 +9,7 @@
 #ifndef CLSA_EMULATE
 #include "attention_cuda.h"
 #include "cache_rows.cuh"
+#include "softmax.cuh"
 
 namespace {
 
@@ -189,12 +190,8 @@ __device__ __forceinline__ void prefill(const clsa_prefill_cuda &p) {
 #pragma unroll
         for (int i = 0; i < D / 8; ++i)
             largest = fmaxf(largest, fmaxf(fabsf(x[i].x), fabsf(x[i].y)));
-        largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 2));
-        int shift = 8 - ((int)(f32_bits(largest) >> 23 & 0xff) - 127);
-        shift = largest == 0 ? 0 : max(-126, min(126, shift));
-        const float scale = bits_f32((uint32_t)(shift + 127) << 23);
-        factor[h] = bits_f32((uint32_t)(127 - shift) << 23) * op.scale * 1.4426950408889634f;
+        const auto [scale, inverse] = quad_scale(largest, 8);
+        factor[h] = inverse * op.scale * 1.4426950408889634f;
 #pragma unroll
         for (int i = 0; i < D / 8; ++i)
             query[i / 2][i % 2 * 2 + h] = pack_half2(x[i].x * scale, x[i].y * scale);
@@ -249,38 +246,7 @@ __device__ __forceinline__ void prefill(const clsa_prefill_cuda &p) {
                     }
                 }
             }
-            float correction[2];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float largest = -INFINITY;
-#pragma unroll
-                for (int j = 0; j < KEYS / 8; ++j)
-                    largest = fmaxf(largest, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
-                largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
-                largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 2));
-                const float before = top[h];
-                top[h] = fmaxf(before, largest * factor[h]);
-                // Nothing seen yet: every weight is 2^-inf, not 2^(inf - inf).
-                const float base = top[h] == -INFINITY ? 0.0f : top[h];
-                correction[h] = exp2_approx(before - base);
-                float weights = 0;
-#pragma unroll
-                for (int j = 0; j < KEYS / 8; ++j) {
-#pragma unroll
-                    for (int i = 2 * h; i < 2 * h + 2; ++i) {
-                        score[j][i] = exp2_approx(fmaf(score[j][i], factor[h], -base));
-                        weights += score[j][i];
-                    }
-                }
-                sum[h] = fmaf(sum[h], correction[h], weights);
-            }
-            // Always: with a branch around it the compiler runs out of registers.
-#pragma unroll
-            for (int i = 0; i < D / 8; ++i) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    out[i][j] *= correction[j / 2];
-            }
+            softmax_step(score, factor, top, sum, out);
             uint32_t weights[KEYS / 16][4];
 #pragma unroll
             for (int j = 0; j < KEYS / 8; ++j) {

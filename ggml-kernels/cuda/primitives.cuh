@@ -173,6 +173,18 @@ static __device__ __forceinline__ float warp_max(float x) {
         x = fmaxf(x, __shfl_xor_sync(CLSA_FULL_WARP, x, o));
     return x;
 }
+// A power of two, and what undoes it.
+struct PowerOfTwo {
+    float scale, inverse;
+};
+// Brings values that four neighbouring lanes hold together near 2^exponent, for f16: `largest` is the lane's largest.
+static __device__ __forceinline__ PowerOfTwo quad_scale(float largest, int exponent) {
+    largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 2));
+    int shift = exponent - ((int)(f32_bits(largest) >> 23 & 0xff) - 127);
+    shift = largest == 0 ? 0 : max(-126, min(126, shift));
+    return {bits_f32((uint32_t)(shift + 127) << 23), bits_f32((uint32_t)(127 - shift) << 23)};
+}
 // Sum over lanes 0..=lane.
 template <typename T> static __device__ __forceinline__ T warp_inclusive_sum(T x, int lane) {
 #pragma unroll

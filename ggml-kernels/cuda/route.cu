@@ -66,11 +66,7 @@ template <int D> struct Query {
                     largest = fmaxf(largest, fabsf(q[s + at + i]));
             }
         }
-        largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(CLSA_FULL_WARP, largest, 2));
-        int shift = 14 - ((int)(f32_bits(largest) >> 23 & 0xff) - 127);
-        shift = largest == 0 ? 0 : max(-126, min(126, shift));
-        const float scale = bits_f32((uint32_t)(shift + 127) << 23);
+        const auto [scale, inverse] = quad_scale(largest, 14);
 #pragma unroll
         for (int s = 0; s < D; s += 32) {
             float v[8];
@@ -84,7 +80,7 @@ template <int D> struct Query {
             fragment[s / 16 + 1][0] = pack_half2(v[4], v[5]);
             fragment[s / 16 + 1][1] = pack_half2(v[6], v[7]);
         }
-        return bits_f32((uint32_t)(127 - shift) << 23);
+        return inverse;
     }
 };
 

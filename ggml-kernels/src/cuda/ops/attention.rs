@@ -113,6 +113,16 @@ pub(super) fn aligned(q: *const f32, out: *const f32) -> Result<()> {
     })
 }
 
+/// Checks that `append` writes what `op` reads, heads and caches.
+pub(super) fn same_heads(append: &clsa_rope_append, op: &clsa_attention) -> Result<()> {
+    ensure(
+        !append.q.is_null()
+            && (append.n_head, append.n_kv, append.d) == (op.n_head, op.n_kv, op.d)
+            && (append.k_cache.base, append.v_cache.base) == (op.k.base, op.v.base),
+        || "q, k and v of the same heads and caches wanted".into(),
+    )
+}
+
 pub(super) fn same_place(k: &clsa_rows, v: &clsa_rows, heads: Heads) -> Result<()> {
     let width = (heads.n_kv * heads.d) as i32;
     ensure(k.width == width && v.width == width && k.ring == v.ring, || {
@@ -184,12 +194,7 @@ impl DecodeScratch {
         op: &clsa_attention,
     ) -> Result<()> {
         super::rope_append::shape(append)?;
-        ensure(
-            !append.q.is_null()
-                && (append.n_head, append.n_kv, append.d) == (op.n_head, op.n_kv, op.d)
-                && (append.k_cache.base, append.v_cache.base) == (op.k.base, op.v.base),
-            || "append_attention: q, k and v of the same heads and caches wanted".into(),
-        )?;
+        same_heads(append, op)?;
         let plan = self.plan(on, op, append.q)?;
         let params = clsa_append_attention_cuda { append: *append, op: *op, split: plan.split };
         // SAFETY: as above.

@@ -1,8 +1,8 @@
 //! Launches of attention for many rows of the same sequences, and of what comes right before it.
 use half::f16;
 
-use super::attention::{Heads, aligned, fast, same_place};
-use super::{Executor, Launch, Result, ensure, rope_append};
+use super::attention::{Heads, aligned, fast, same_heads, same_place};
+use super::{Executor, Launch, Result, rope_append};
 use crate::contracts::*;
 
 /// Rows (token, head) of a tile, its threads, and the positions of a tile of keys (prefill_attention.cuh).
@@ -85,12 +85,7 @@ pub unsafe fn append_attention_prefill(
     let heads = Heads::new(op.n_head, op.n_kv, op.d)?;
     same_place(&op.k, &op.v, heads)?;
     aligned(append.q, op.out)?;
-    ensure(
-        !append.q.is_null()
-            && (append.n_head, append.n_kv, append.d) == (op.n_head, op.n_kv, op.d)
-            && (append.k_cache.base, append.v_cache.base) == (op.k.base, op.v.base),
-        || "append_attention_prefill: q, k and v of the same heads and caches wanted".into(),
-    )?;
+    same_heads(append, op)?;
     // A lane turns the pairs that it holds.
     let turns = append.cos.is_null() || append.interleaved != 0 || append.n_rot == append.d;
     if !hopper(on, op, heads)? || !turns {
