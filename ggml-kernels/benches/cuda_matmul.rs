@@ -85,16 +85,8 @@ enum Kind {
     Down,
 }
 
-fn one_row(
-    s: &Stream,
-    layers: &[Layer],
-    b: &Buffers,
-    kind: Kind,
-    prefetch: bool,
-    spread: [Spread; 3],
-) -> Result<()> {
-    for (i, l) in layers.iter().enumerate() {
-        let ahead = |m| (prefetch && kind == Kind::All).then_some(m);
+fn one_row(s: &Stream, layers: &[Layer], b: &Buffers, kind: Kind, spread: [Spread; 3]) -> Result<()> {
+    for l in layers {
         let row = |x: &Buffer<f32>, norm: bool| Row {
             x: x.ptr(),
             norm: if norm { b.norm.ptr() } else { std::ptr::null_mut() },
@@ -107,25 +99,17 @@ fn one_row(
         unsafe {
             if on(Kind::Qkv) {
                 let qkv = [out(&l.q, &b.q), out(&l.k, &b.k), out(&l.v, &b.v)];
-                matmul::matvec_with(s, row(&b.x, true), &qkv, Mode::Store, ahead(&l.o), spread[0])?;
+                matmul::matvec_with(s, row(&b.x, true), &qkv, Mode::Store, spread[0])?;
             }
             if on(Kind::O) {
-                matmul::matvec_with(
-                    s,
-                    row(&b.q, false),
-                    &[out(&l.o, &b.x)],
-                    Mode::Add,
-                    ahead(&l.gate),
-                    spread[0],
-                )?;
+                matmul::matvec_with(s, row(&b.q, false), &[out(&l.o, &b.x)], Mode::Add, spread[0])?;
             }
             if on(Kind::Glu) {
                 let glu = [out(&l.gate, &b.h), out(&l.up, &b.h)];
-                matmul::matvec_with(s, row(&b.x, true), &glu, Mode::Glu, ahead(&l.down), spread[1])?;
+                matmul::matvec_with(s, row(&b.x, true), &glu, Mode::Glu, spread[1])?;
             }
             if on(Kind::Down) {
-                let next = layers.get(i + 1).map(|n| &n.q).filter(|_| prefetch && kind == Kind::All);
-                matmul::matvec_with(s, row(&b.h, false), &[out(&l.down, &b.x)], Mode::Add, next, spread[2])?;
+                matmul::matvec_with(s, row(&b.h, false), &[out(&l.down, &b.x)], Mode::Add, spread[2])?;
             }
         }
     }
@@ -162,7 +146,7 @@ fn check(stream: &Stream, l: &Layer, b: &Buffers, ty: Type) -> Result<()> {
     let x = b.x.to_vec()?;
     let row = Row { x: b.x.ptr(), norm: std::ptr::null(), eps: 0.0, scale: 1.0 };
     // SAFETY: the buffers live in `main`.
-    unsafe { matmul::matvec(stream, row, &[Product { matrix: &l.q, out: b.q.ptr() }], Mode::Store, None) }?;
+    unsafe { matmul::matvec(stream, row, &[Product { matrix: &l.q, out: b.q.ptr() }], Mode::Store) }?;
     stream.synchronize()?;
     for (r, y) in b.q.to_vec()?[..HIDDEN].iter().enumerate() {
         let w = &exact[r % 64 * HIDDEN..][..HIDDEN];
@@ -211,18 +195,18 @@ fn main() -> Result<()> {
             println!("  {what:<44} {ms:7.3} ms {:6.2} TB/s {share:5.1} %", bytes as f64 / ms / 1e9);
         };
         let spread = |warps, blocks| Spread { warps, blocks };
-        for prefetch in [false, true] {
-            for (small, glu, down) in [
-                (spread(10, 2), spread(10, 2), spread(10, 2)),
-                (spread(5, 4), spread(5, 4), spread(10, 2)),
-                (spread(10, 2), spread(5, 4), spread(10, 2)),
-                (spread(5, 4), spread(5, 4), spread(8, 2)),
-            ] {
-                let all = [small, glu, down];
-                let ms = time(&stream, || one_row(&stream, &layers, &b, Kind::All, prefetch, all))?;
-                let text = all.map(|s| format!("{}x{}", s.warps, s.blocks)).join(" ");
-                show(format!("1 row, {text}, prefetch {prefetch}"), ms);
-            }
+        let tiles = [(HIDDEN + 2 * KV) / 16, FFN / 8, HIDDEN / 16];
+        let own = tiles.map(|tiles| Spread::of(ty, tiles, device.multiprocessors()));
+        let most = Spread::most_warps(ty);
+        for all in [
+            own,
+            [spread(most, 2); 3],
+            [spread(5, 4), spread(5, 4), spread(most, 2)],
+            [spread(8, 2), spread(5, 4), spread(8, 2)],
+        ] {
+            let ms = time(&stream, || one_row(&stream, &layers, &b, Kind::All, all))?;
+            let text = all.map(|s| format!("{}x{}", s.warps, s.blocks)).join(" ");
+            show(format!("1 row, {text}"), ms);
         }
         let l = &layers[0];
         for (kind, name, bytes) in [
@@ -231,9 +215,9 @@ fn main() -> Result<()> {
             (Kind::Glu, "gate up", 2 * l.gate.bytes()),
             (Kind::Down, "down", l.down.bytes()),
         ] {
-            for (warps, blocks) in [(10, 1), (10, 2), (5, 2), (5, 3), (5, 4), (8, 2)] {
+            for (warps, blocks) in [(most, 1), (most, 2), (5, 2), (5, 3), (5, 4)] {
                 let s = [spread(warps, blocks); 3];
-                let ms = time(&stream, || one_row(&stream, &layers, &b, kind, false, s))?;
+                let ms = time(&stream, || one_row(&stream, &layers, &b, kind, s))?;
                 let us = ms * 1e3 / LAYERS as f64;
                 let limit = bytes as f64 / rate / 1e6;
                 println!(

@@ -173,7 +173,7 @@ fn sparse(b: &Bench, n: usize) -> Result<()> {
         // SAFETY: buffers of these shapes live to the end of this function.
         unsafe {
             gathered.gather(t, &op)?;
-            scratch.gather_attention(t, &op, compact.then_some(&gathered))?;
+            scratch.gather_attention(t, &op, compact.then_some(&gathered), true)?;
         }
         t.wait();
         let got = out.fetch();
@@ -201,10 +201,10 @@ fn sparse(b: &Bench, n: usize) -> Result<()> {
     let us = b.time(4, |_| unsafe { gathered.gather(t, &op) })?;
     b.bytes(&format!("{name}: gather"), 2 * bytes, us);
     // SAFETY: as above.
-    let us = b.time(16, |_| unsafe { scratch.gather_attention(t, &op, Some(&gathered)) })?;
+    let us = b.time(16, |_| unsafe { scratch.gather_attention(t, &op, Some(&gathered), true) })?;
     b.bytes(&format!("{name}: attend, gathered"), bytes, us);
     // SAFETY: as above.
-    let us = b.time(16, |_| unsafe { scratch.gather_attention(t, &op, None) })?;
+    let us = b.time(16, |_| unsafe { scratch.gather_attention(t, &op, None, true) })?;
     b.bytes(&format!("{name}: attend, not gathered"), bytes, us);
     Ok(())
 }

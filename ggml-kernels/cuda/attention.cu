@@ -20,10 +20,10 @@ template <int CHUNKS, int HEADS> __device__ __forceinline__ void attention_decod
     decode_attention_any<CHUNKS, HEADS>(shape_of(p.op), p.split, source, GivenQueries(), p.op.k.type, p.op.v.type);
 }
 
-// rope_append and attention in one, for rows of as many sequences.
+// rope_append and attention in one, for rows of as many sequences. All positions but the row's own were appended by
+// earlier steps: they are read before the predecessors are done.
 template <int TK, int TV, int D> __device__ __forceinline__ void attention_append(const clsa_append_attention_cuda &p) {
     CLSA_DYNAMIC_SHARED(shared);
-    grid_wait();
     const AppendedQueries queries{p.append, reinterpret_cast<float *>(shared)};
     decode_attention<TK, TV, D>(shape_of(p.op), p.split, CachedSource(p.op, blockIdx.z), queries);
 }

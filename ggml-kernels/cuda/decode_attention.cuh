@@ -295,7 +295,8 @@ struct AppendedQueries {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// Grid (splits, n_kv * head tiles, rows), DECODE_THREADS threads.
+// Grid (splits, n_kv * head tiles, rows), DECODE_THREADS threads. The first rows are asked for before grid_wait: where
+// a kernel not yet done writes them, the caller has waited.
 template <int TK, int TV, int D, typename Source, typename Queries>
 __device__ __forceinline__ void decode_attention(const DecodeShape &s, const clsa_split &split, Source source,
                                                  const Queries &queries) {
@@ -304,8 +305,10 @@ __device__ __forceinline__ void decode_attention(const DecodeShape &s, const cls
     const DecodeBlock b(s, split);
     const int first_tile = source.begin / 16, tiles = (source.end + 15) / 16 - first_tile;
     const int active = max(1, min(split.splits, (tiles + DECODE_WARPS - 1) / DECODE_WARPS));
-    if ((int)blockIdx.x >= active)
+    if ((int)blockIdx.x >= active) {
+        grid_wait();
         return;
+    }
 
     uint4 low[D / 32], high[D / 32], value[4][D / 64];
     const auto load = [&](int tile) {
@@ -332,6 +335,7 @@ __device__ __forceinline__ void decode_attention(const DecodeShape &s, const cls
     const bool late = Queries::STAGED && tile == tiles - 1;
     if (tile < tiles && !late)
         load(tile);
+    grid_wait();
     const float *q = queries(s, b, warp, (int)blockIdx.x == (tiles - 1) % active);
     if (late)
         load(tile);

@@ -44,7 +44,8 @@ __device__ __forceinline__ DecodeShape shape_of(const clsa_gather_attention &op)
 }
 
 template <int D> __device__ __forceinline__ void attend_gathered(const clsa_gather_cuda &p) {
-    grid_wait();
+    if (!p.settled)
+        grid_wait();
     decode_attention<CLSA_F16, CLSA_F16, D>(shape_of(p.op), p.split, CompactSource(p, blockIdx.z), GivenQueries());
 }
 

@@ -6,8 +6,8 @@
 // its fragment. The eight columns of the activation operand keep the groups apart: column n holds the activations of
 // group n and zeros for the others, so that the product [16][8] is the sum of each row and group, which one
 // multiplication by the group's scale ends. The codes go in as they are: an integer below 2048 in the bits of an f16 is
-// that integer times 2^-24. Offsets of the codes meet the sums of the activations. The next unit is on its way while
-// one is multiplied, and the first one is asked for before the predecessor kernel has ended.
+// that integer times 2^-24. Offsets of the codes meet the sums of the activations. A warp's first two units are asked
+// for before the predecessor kernel has ended, and each later one when the unit two before it is multiplied.
 #include "quant.cuh"
 
 namespace clsa {
@@ -22,6 +22,11 @@ struct Scratch {
 // Eight activations from x, times the norm's weights.
 struct Eight {
     float v[8];
+    __device__ void fill(float x) {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] = x;
+    }
     __device__ void load(const float *x, int u) {
         const float4 a = reinterpret_cast<const float4 *>(x)[2 * u], b = reinterpret_cast<const float4 *>(x)[2 * u + 1];
         v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
@@ -33,11 +38,18 @@ struct Eight {
             s += v[j] * v[j];
         return s;
     }
-    __device__ uint4 halves(const Eight &w, float scale) const {
+    __device__ void times(const float *w, int u) {
+        Eight by;
+        by.load(w, u);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] *= by.v[j];
+    }
+    __device__ uint4 halves(float scale) const {
         uint32_t h[4];
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            h[j] = bits(clamped(v[2 * j] * w.v[2 * j] * scale, v[2 * j + 1] * w.v[2 * j + 1] * scale));
+            h[j] = bits(clamped(v[2 * j] * scale, v[2 * j + 1] * scale));
         return make_uint4(h[0], h[2], h[1], h[3]);
     }
 };
@@ -53,35 +65,42 @@ constexpr int ZEROS = 32; // of 16 bytes: what the lanes of the other groups rea
 
 // Waits for the predecessors, then puts f16 activations into shared memory: unit u of eight lies at (chunk * 4 + i) * 4
 // + t with chunk = u / 16, t = u / 4 % 4, i = u % 4, its pairs in the order 0 2 1 3.
+// HELD: values of a thread in registers; the rest are read later (NORM: twice).
+template <bool NORM, int HELD>
 __device__ inline void load_activations(const clsa_matvec &p, int cols, int chunks, uint4 *xs, float *sums,
                                         float *scratch) {
-    constexpr int HELD = 2; // values of a thread in registers; the rest are read twice
-    const int units = cols / 8, padded = chunks * 16;
-    Eight x[HELD], w[HELD];
+    const int units = cols / 8, padded = chunks * 16, threads = blockDim.x;
+    Eight x[HELD];
 #pragma unroll
     for (int j = 0; j < HELD; j++) {
-        const int u = threadIdx.x + j * blockDim.x;
-#pragma unroll
-        for (int e = 0; e < 8; e++)
-            x[j].v[e] = 0.0f, w[j].v[e] = 1.0f;
-        if (p.norm && u < units)
-            w[j].load(p.norm, u);
+        const int u = threadIdx.x + j * threads;
+        x[j].fill(0.0f);
+        if (NORM && u < units)
+            prefetch_l2(p.norm + u * 8);
     }
     if (threadIdx.x < ZEROS)
         xs[int(threadIdx.x) - ZEROS] = make_uint4(0, 0, 0, 0);
-    wait_for_predecessors();
-    float sum = 0.0f, scale = p.in_scale;
+    if (p.order != CLSA_BESIDE)
+        wait_for_predecessors();
+    if (p.order == CLSA_LEADS)
+        release_successors();
+    float scale = p.in_scale;
 #pragma unroll
     for (int j = 0; j < HELD; j++) {
-        const int u = threadIdx.x + j * blockDim.x;
+        const int u = threadIdx.x + j * threads;
         if (u < units)
             x[j].load(p.x, u);
     }
-    if (p.norm) {
+    if constexpr (NORM) {
+        float sum = 0.0f;
 #pragma unroll
-        for (int j = 0; j < HELD; j++)
+        for (int j = 0; j < HELD; j++) {
+            const int u = threadIdx.x + j * threads;
             sum += x[j].squares();
-        for (int u = threadIdx.x + HELD * blockDim.x; u < units; u += blockDim.x) {
+            if (u < units)
+                x[j].times(p.norm, u);
+        }
+        for (int u = threadIdx.x + HELD * threads; u < units; u += threads) {
             Eight more;
             more.load(p.x, u);
             sum += more.squares();
@@ -99,19 +118,18 @@ __device__ inline void load_activations(const clsa_matvec &p, int cols, int chun
     };
 #pragma unroll
     for (int j = 0; j < HELD; j++)
-        put(threadIdx.x + j * blockDim.x, x[j].halves(w[j], scale));
-    for (int first = HELD * blockDim.x; first < padded; first += blockDim.x) {
+        if (j * threads < padded)
+            put(threadIdx.x + j * threads, x[j].halves(scale));
+    for (int first = HELD * threads; first < padded; first += threads) {
         const int u = first + threadIdx.x;
-        Eight more, weight;
-#pragma unroll
-        for (int e = 0; e < 8; e++)
-            more.v[e] = 0.0f, weight.v[e] = 1.0f;
+        Eight more;
+        more.fill(0.0f);
         if (u < units) {
             more.load(p.x, u);
-            if (p.norm)
-                weight.load(p.norm, u);
+            if constexpr (NORM)
+                more.times(p.norm, u);
         }
-        put(u, more.halves(weight, scale));
+        put(u, more.halves(scale));
     }
     __syncthreads();
 }
@@ -120,14 +138,107 @@ __device__ inline void load_activations(const clsa_matvec &p, int cols, int chun
 struct Tile {
     int task, row;
     __device__ Tile(const clsa_matvec &p, int index) : task(0) {
-        const int rows = p.mode == CLSA_GLU ? 8 : 16;
-        for (; task + 1 < p.n_tasks && p.mode != CLSA_GLU; task++) {
-            const int tiles = (p.task[task].w.rows + rows - 1) / rows;
+        if (p.mode == CLSA_GLU) {
+            row = index * 8;
+            return;
+        }
+        for (; task + 1 < p.n_tasks; task++) {
+            const int tiles = (p.task[task].w.rows + 15) >> 4;
             if (index < tiles)
                 break;
             index -= tiles;
         }
-        row = index * rows;
+        row = index * 16;
+    }
+};
+
+// The scales of groups 2t and 2t + 1 of a unit of a row.
+template <int T> struct UnitScales {
+    using L = Layout<T>;
+    static constexpr bool QUAD = T == Q6_K || T == Q2_K; // a byte for each 16 weights
+    uint32_t scale[L::super ? (QUAD ? 1 : (L::scale_bytes + 3) / 4) : 2];
+    uint32_t sup;
+
+    // first: the row's first group; unit: of the row.
+    __device__ void load(const clsa_planes &m, uint32_t first, int unit, int t, int groups) {
+        if constexpr (L::floats) {
+            return;
+        } else if constexpr (!L::super) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const size_t n = first + uint32_t(min(8 * unit + 2 * t + e, groups - 1));
+                scale[e] = L::scale_bytes == 2 ? load2(m.scales + n * 2) : load4(m.scales + n * 4);
+            }
+        } else {
+            const uint32_t n = first / 8 + unit;
+            const uint8_t *p = m.scales + size_t(n) * L::scale_bytes;
+            if constexpr (QUAD) {
+                scale[0] = load4(p + 4 * t);
+            } else if constexpr (L::scale_bytes == 16) {
+                const uint4 v = __ldg(reinterpret_cast<const uint4 *>(p));
+                scale[0] = v.x, scale[1] = v.y, scale[2] = v.z, scale[3] = v.w;
+            } else if constexpr (L::scale_bytes == 12) {
+                scale[0] = load4(p), scale[1] = load4(p + 4), scale[2] = load4(p + 8);
+            } else {
+                const uint2 v = load8(p);
+                scale[0] = v.x, scale[1] = v.y;
+            }
+            if constexpr (L::super_bytes == 4)
+                sup = load4(m.super + size_t(n) * 4);
+            else if constexpr (L::super_bytes == 2)
+                sup = load2(m.super + size_t(n) * 2);
+        }
+    }
+
+    // y += the products of a row. product(e, side): of the codes of group 2t + e (of its half `side`) times 2^-24;
+    // sum(e, side): of the activations.
+    template <typename P, typename S> __device__ void add(float &y, int t, P product, S sum) const {
+        constexpr int SIDES = L::sub16 ? 2 : 1;
+        if constexpr (T == Q4_K || T == Q5_K) {
+            // Bytes 2t % 4 and the next of the scales' words, in the halves of a word; an integer in the bits of an f16
+            // is that integer times 2^-24.
+            const uint32_t select = t % 2 ? 0x4342 : 0x4140;
+            const uint32_t v = __byte_perm(scale[1], 0, select), m = __byte_perm(scale[2], 0, select);
+            const uint32_t x = __byte_perm(scale[3], 0, select);
+            const bool late = t >= 2;
+            const float2 sc = __half22float2(bits2(late ? (x & 0x000F000F) | (v >> 2 & 0x00300030) : v & 0x003F003F));
+            const float2 mn =
+                __half22float2(bits2(late ? (x >> 4 & 0x000F000F) | (m >> 2 & 0x00300030) : m & 0x003F003F));
+            const float2 dm = __half22float2(bits2(scale[0]));
+            y += dm.x * 281474976710656.0f * (sc.x * product(0, 0) + sc.y * product(1, 0)) -
+                 dm.y * 16777216.0f * (mn.x * sum(0, 0) + mn.y * sum(1, 0));
+        } else if constexpr (QUAD) {
+            const float2 d = __half22float2(bits2(sup));
+            float scaled = 0.0f, offset = 0.0f;
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    const uint32_t byte = scale[0] >> (16 * e + 8 * side) & 0xFF;
+                    if constexpr (T == Q6_K) {
+                        const float s = float(int(int8_t(byte)));
+                        scaled += s * (product(e, side) - Codes<T>::zero / 16777216.0f * sum(e, side));
+                    } else {
+                        scaled += float(byte & 0xF) * product(e, side);
+                        offset += float(byte >> 4) * sum(e, side);
+                    }
+                }
+            y += d.x * 16777216.0f * scaled - (T == Q6_K ? 0.0f : d.y * offset);
+        } else {
+            Scales<T> s;
+            s.sup = sup;
+#pragma unroll
+            for (int i = 0; i < int(sizeof(scale) / 4); i++)
+                s.scale[i] = scale[i];
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+#pragma unroll
+                for (int side = 0; side < SIDES; side++) {
+                    float by, offset;
+                    s.get(2 * t, e, side, by, offset);
+                    y += by * product(e, side) + offset * sum(e, side);
+                }
+        }
     }
 };
 
@@ -135,21 +246,19 @@ struct Tile {
 // both rows, whose sums the product leaves with it.
 template <int T> struct Unit {
     Codes<T> a[2], b[2];
-    Scales<T> sa, sb;
-    __device__ void load(const clsa_matvec &p, const Tile &tile, int unit, int g, int t) {
-        const bool glu = p.mode == CLSA_GLU;
-        const clsa_planes &wa = p.task[tile.task].w, &wb = glu ? p.task[1].w : wa;
-        // A row or group past the end is read at the last one; its product is dropped, or multiplies zeros.
-        const int groups = wa.cols / 32;
-        const int ra = min(tile.row + g, wa.rows - 1), rb = min(tile.row + g + (glu ? 0 : 8), wb.rows - 1);
+    UnitScales<T> sa, sb;
+    // first_a, first_b: the first groups of rows g and g + 8.
+    __device__ void load(const clsa_planes &ma, const clsa_planes &mb, uint32_t first_a, uint32_t first_b, int unit,
+                         int groups, int t, uint64_t policy) {
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const int at = min(8 * unit + 4 * j + t, groups - 1);
-            a[j].load(wa, size_t(ra) * groups + at);
-            b[j].load(wb, size_t(rb) * groups + at);
+            // A group past the end is read at the last one; its product multiplies zeros.
+            const uint32_t at = Layout<T>::super ? 8 * unit + 4 * j + t : min(8 * unit + 4 * j + t, groups - 1);
+            a[j].template load<true>(ma.codes, ma.high, first_a + at, policy);
+            b[j].template load<true>(mb.codes, mb.high, first_b + at, policy);
         }
-        sa.load(wa, ra, 8 * unit, 2 * t, groups);
-        sb.load(wb, rb, 8 * unit, 2 * t, groups);
+        sa.load(ma, first_a, unit, t, groups);
+        sb.load(mb, first_b, unit, t, groups);
     }
     // Adds the unit's part of rows g and g + 8 that this lane's groups give.
     __device__ void multiply(float &ya, float &yb, const uint4 *xs, const float *sums, int unit, int chunks, int g,
@@ -171,57 +280,94 @@ template <int T> struct Unit {
                 mma(e[1], u[1], v[1], u[3], v[3], y.z, y.w);
             }
         }
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int group = 8 * unit + 2 * t + e;
-            const float2 x = group < 4 * chunks ? reinterpret_cast<const float2 *>(sums)[group] : make_float2(0, 0);
-#pragma unroll
-            for (int side = 0; side < SIDES; side++) {
-                const float sum = SIDES == 1 ? x.x + x.y : side ? x.y : x.x;
-                const float da = d[side][0][e] + d[side][1][e] * Codes<T>::odd,
-                            db = d[side][0][2 + e] + d[side][1][2 + e] * Codes<T>::odd;
-                float s, m;
-                sa.get(2 * t, e, side, s, m);
-                ya += s * da + m * sum;
-                sb.get(2 * t, e, side, s, m);
-                yb += s * db + m * sum;
-            }
-        }
+        // Sums over 16 of groups 2t and 2t + 1; what lies past the last chunk is not read.
+        const float4 x = 8 * unit + 2 * t < 4 * chunks ? reinterpret_cast<const float4 *>(sums)[4 * unit + t]
+                                                       : make_float4(0, 0, 0, 0);
+        const auto sum = [&](int e, int side) {
+            if constexpr (SIDES == 1)
+                return e ? x.z + x.w : x.x + x.y;
+            else
+                return e ? (side ? x.w : x.z) : (side ? x.y : x.x);
+        };
+        sa.add(ya, t, [&](int e, int side) { return d[side][0][e] + d[side][1][e] * Codes<T>::odd; }, sum);
+        sb.add(yb, t, [&](int e, int side) { return d[side][0][2 + e] + d[side][1][2 + e] * Codes<T>::odd; }, sum);
     }
 };
 
-// Tiles first, first + step, ... below end.
+// The units of a warp, in order: every `warps`-th of each tile from its own on, at least one (which may lie past the
+// end and is then not multiplied), of tiles first, first + step, ... below end.
+struct Walk {
+    int tile, unit;
+    __device__ bool next(int units, int warp, int warps, int step) { // true at a new tile
+        unit += warps;
+        if (unit < units)
+            return false;
+        unit = warp, tile += step;
+        return true;
+    }
+};
+
 template <int T> __device__ void run(const clsa_matvec &p, int first, int step, int end, Scratch &scratch) {
     extern __shared__ uint4 shared[];
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int cols = p.task[0].w.cols, chunks = (cols / 32 + 3) / 4, units = (chunks + 1) / 2;
+    const int cols = p.task[0].w.cols, groups = cols / 32, chunks = (groups + 3) / 4, units = (chunks + 1) / 2;
     const bool glu = p.mode == CLSA_GLU;
     uint4 *xs = shared + ZEROS;
     float *sums = reinterpret_cast<float *>(xs + chunks * 16);
-    int index = first, unit = warp, parity = 0;
+    Walk loads{first, warp}, now{first, warp};
+    int task;
+    uint32_t first_a, first_b;
+    const uint64_t policy = leaves_first();
+    const auto open = [&] {
+        const Tile tile(p, loads.tile);
+        task = tile.task;
+        const int last = p.task[task].w.rows - 1; // a row past the end is read at the last one; its product is dropped
+        first_a = uint32_t(min(tile.row + g, last)) * uint32_t(groups);
+        first_b = glu ? first_a : uint32_t(min(tile.row + g + 8, last)) * uint32_t(groups);
+    };
+    const auto load = [&](Unit<T> &unit) {
+        if (loads.tile >= end)
+            return;
+        unit.load(p.task[task].w, p.task[glu ? 1 : task].w, first_a, first_b, min(loads.unit, units - 1), groups, t,
+                  policy);
+        if (loads.next(units, warp, warps, step) && loads.tile < end)
+            open();
+    };
     Unit<T> one, two;
-    float ya = 0.0f, yb = 0.0f, before = 0.0f;
-    release_successors();
-    one.load(p, Tile(p, index), min(unit, units - 1), g, t);
-    load_activations(p, cols, chunks, xs, sums, scratch.sums);
+    float ya = 0.0f, yb = 0.0f;
+    if (p.order != CLSA_LEADS)
+        release_successors();
+    open();
+    load(one);
+    load(two);
+    constexpr int HELD = Layout<T>::high_bytes > 0 ? 1 : 2; // what the two units leave registers for
+    if (p.norm)
+        load_activations<true, HELD>(p, cols, chunks, xs, sums, scratch.sums);
+    else
+        load_activations<false, HELD + 1>(p, cols, chunks, xs, sums, scratch.sums);
 
-    // Multiplies `now` while `later` is loaded; ends a tile when its units are done. False when all is done.
-    const auto advance = [&](Unit<T> &now, Unit<T> &later) {
-        const int this_index = index, this_unit = unit;
-        unit += warps;
-        const bool last = unit >= units;
-        if (last)
-            unit = warp, index += step;
-        if (index < end)
-            later.load(p, Tile(p, index), min(unit, units - 1), g, t);
-        const Tile tile(p, this_index);
-        const clsa_matmul_task &task = p.task[tile.task];
-        const int r = tile.row + lane;
-        const bool mine = warp == 0 && lane < (glu ? 8 : 16) && r < task.w.rows;
-        if (last && mine && p.mode == CLSA_ADD)
-            before = task.out[r];
+    // The warp that adds up the tile in hand: they take turns.
+    int turn = 0, parity = 0;
+    // Multiplies `unit` and loads the one after the next into it; ends a tile when its units are done. False when all
+    // is done.
+    const auto advance = [&](Unit<T> &unit) {
+        const int this_unit = now.unit;
+        float *to = nullptr; // where the lane's sum goes
+        float before = 0.0f;
+        const bool last = this_unit + warps >= units;
+        if (last && warp == turn) {
+            const Tile tile(p, now.tile);
+            const clsa_matmul_task &task = p.task[tile.task];
+            const int r = tile.row + lane;
+            if (lane < (glu ? 8 : 16) && r < task.w.rows)
+                to = task.out + r;
+            if (to != nullptr && p.mode == CLSA_ADD)
+                before = *to;
+        }
+        now.next(units, warp, warps, step);
         if (this_unit < units)
-            now.multiply(ya, yb, xs, sums, this_unit, chunks, g, t);
+            unit.multiply(ya, yb, xs, sums, this_unit, chunks, g, t);
+        load(unit);
         if (last) {
             ya += __shfl_xor_sync(0xFFFFFFFFu, ya, 1), yb += __shfl_xor_sync(0xFFFFFFFFu, yb, 1);
             ya += __shfl_xor_sync(0xFFFFFFFFu, ya, 2), yb += __shfl_xor_sync(0xFFFFFFFFu, yb, 2);
@@ -231,28 +377,27 @@ template <int T> __device__ void run(const clsa_matvec &p, int first, int step, 
             }
             ya = yb = 0.0f;
             __syncthreads();
-            if (warp == 0) {
+            if (warp == turn) {
                 float y = 0.0f;
 #pragma unroll
                 for (int w = 0; w < MAX_WARPS; w += 2)
                     if (w + lane / 16 < warps)
                         y += scratch.part[parity][w + lane / 16][lane % 16];
                 y += __shfl_xor_sync(0xFFFFFFFFu, y, 16);
-                y *= 1.0f / p.in_scale;
+                y *= p.out_scale;
                 const float up = __shfl_down_sync(0xFFFFFFFFu, y, 8);
-                if (mine)
-                    task.out[r] = glu ? silu(y) * up : y + before;
+                if (to != nullptr)
+                    *to = glu ? silu(y) * up : y + before;
             }
             parity ^= 1;
+            turn = turn + 1 < warps ? turn + 1 : 0;
         }
-        return index < end;
+        return now.tile < end;
     };
-    while (advance(one, two) && advance(two, one)) {
+    while (advance(one) && advance(two)) {
     }
-    // What comes next streams into L2 while this kernel drains and small kernels run.
-    for (size_t at = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 128; at < p.prefetch_bytes;
-         at += size_t(gridDim.x) * blockDim.x * 128)
-        prefetch_l2(p.prefetch + at);
+    if (p.order == CLSA_BESIDE)
+        wait_for_predecessors();
 }
 
 } // namespace clsa
@@ -261,9 +406,9 @@ using namespace clsa;
 
 // block: 32 * warps; shared: 512 bytes, and 288 for each chunk of 128 columns; p.n_tiles: the 16-row tiles of all tasks
 // (GLU: the 8-row tiles of task 0). One kernel for each type: a launch's tasks are of one type. Types whose units take
-// more registers have fewer warps on a multiprocessor.
+// more registers have eight warps a block (Spread).
 #define SAME(T)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, T == Q6_K || T == Q8_0 || T == Q5_K ? 1 : 2)          \
+    extern "C" __global__ void __launch_bounds__(T == Q8_0 || T == Q5_K ? 256 : 32 * MAX_WARPS, 2)                     \
         clsa_matvec_##T##_kernel(const __grid_constant__ clsa_matvec p) {                                              \
         __shared__ Scratch scratch;                                                                                    \
         run<T>(p, blockIdx.x, gridDim.x, p.n_tiles, scratch);                                                          \

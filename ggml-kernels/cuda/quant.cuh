@@ -46,6 +46,20 @@ __device__ inline uint4 load16(const void *p) {
                  : "l"(p));
     return v;
 }
+// The same under an L2 policy.
+__device__ inline uint4 load16(const void *p, uint64_t policy) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p), "l"(policy));
+    return v;
+}
+// Policy for what nothing reads again soon: it leaves L2 first, before the rows that the next kernels read.
+__device__ inline uint64_t leaves_first() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
 __device__ inline uint2 load8(const void *p) { return __ldg(static_cast<const uint2 *>(p)); }
 __device__ inline uint32_t load4(const void *p) { return __ldg(static_cast<const uint32_t *>(p)); }
 __device__ inline uint32_t load2(const void *p) { return __ldg(static_cast<const uint16_t *>(p)); }
@@ -96,15 +110,19 @@ template <int T> struct Codes {
                                   : T == Q8_0 || T == IQ4_NL || T == IQ4_XS ? 128
                                                                             : 0;
 
-    __device__ void load(const clsa_planes &m, size_t n) {
-        const uint8_t *c = m.codes + n * L::code_bytes;
+    // Reads group n of a matrix.
+    __device__ void load(const clsa_planes &m, size_t n) { load<false>(m.codes, m.high, n, 0); }
+    // Reads group n from these places of the planes on, under an L2 policy where HINT.
+    template <bool HINT, typename N>
+    __device__ void load(const uint8_t *codes, const uint8_t *highs, N n, uint64_t policy) {
+        const uint8_t *c = codes + size_t(n) * L::code_bytes;
         if constexpr (L::floats) {
             from = c;
             return;
         } else if constexpr (L::code_bytes >= 16) {
 #pragma unroll
             for (int j = 0; j < L::code_bytes / 16; j++) {
-                const uint4 v = load16(c + 16 * j);
+                const uint4 v = HINT ? load16(c + 16 * j, policy) : load16(c + 16 * j);
                 code[4 * j] = v.x, code[4 * j + 1] = v.y, code[4 * j + 2] = v.z, code[4 * j + 3] = v.w;
             }
         } else {
@@ -112,10 +130,10 @@ template <int T> struct Codes {
             code[0] = v.x, code[1] = v.y;
         }
         if constexpr (L::high_bytes == 8) {
-            const uint2 v = load8(m.high + n * 8);
+            const uint2 v = load8(highs + size_t(n) * 8);
             high[0] = v.x, high[1] = v.y;
         } else if constexpr (L::high_bytes == 4) {
-            high[0] = load4(m.high + n * 4);
+            high[0] = load4(highs + size_t(n) * 4);
         }
     }
 

@@ -48,7 +48,8 @@ struct clsa_prefill_cuda {
 };
 
 // rope_append and attention of a decode batch in one launch: `append` takes q, k and v from their projections and
-// writes the caches that `op` reads; op.q and append.q_out are not used. No two rows belong to the same sequence.
+// writes the caches that `op` reads; op.q and append.q_out are not used. No two rows belong to the same sequence. The
+// batch, and all rows of the caches but the appended ones, are read while the kernel's predecessors may still run.
 struct clsa_append_attention_cuda {
     struct clsa_rope_append append;
     struct clsa_attention op;
@@ -61,6 +62,9 @@ struct clsa_gather_cuda {
     struct clsa_gather_attention op;
     uint8_t *k, *v; // [n_rows][n_columns][n_kv * d]
     int32_t k_type, v_type;
+    // Whether another kernel has waited for the gathering, and let this launch start only then: the rows may be read
+    // before the predecessors are done.
+    int32_t settled, reserved;
     struct clsa_split split;
 };
 

@@ -66,15 +66,25 @@ struct clsa_matmul_task {
     float *out; // [n][rows]
 };
 
+// How a launch stands in the queue of kernels that may overlap.
+enum clsa_matvec_order {
+    CLSA_ALONE = 0,
+    // The next launch is CLSA_BESIDE: it may start once this one's predecessors are done, not before.
+    CLSA_LEADS = 1,
+    // Needs nothing that the CLSA_LEADS before it writes (nor a CLSA_BESIDE between them): runs at the same time, and
+    // ends after it, so that whatever waits for this launch has waited for both.
+    CLSA_BESIDE = 2
+};
+
 // One activation row: a = x, or with `norm` a = norm * x / sqrt(mean(x^2) + eps), rounded to f16 after multiplication
 // by `in_scale`.
 struct clsa_matvec {
-    const float *x;    // [cols]
-    const float *norm; // [cols] or NULL
-    float eps, in_scale;
-    int32_t mode, n_tasks, n_tiles, reserved; // n_tiles: 16-row tiles of all tasks; GLU: 8-row tiles of task 0
-    const uint8_t *prefetch; // what a later launch will read first: brought into L2 while this one ends
-    size_t prefetch_bytes;
+    const float *x;                 // [cols]
+    const float *norm;              // [cols] or NULL
+    float eps, in_scale, out_scale; // out_scale: 1 / in_scale
+    int32_t mode, n_tasks;
+    int32_t n_tiles; // 16-row tiles of all tasks; GLU: 8-row tiles of task 0
+    int32_t order, reserved;
     struct clsa_matmul_task task[CLSA_MATMUL_TASKS];
 };
 

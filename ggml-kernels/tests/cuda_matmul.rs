@@ -137,7 +137,7 @@ fn matvec_is_the_product() {
                     let row = Row { x: dx.ptr(), norm, eps: 1e-5, scale: 0.5 };
                     let products = [Product { matrix: &m, out: out.ptr() }];
                     // SAFETY: all buffers live until the wait.
-                    unsafe { matmul::matvec(&stream, row, &products, mode, Some(&m)) }.expect("launch");
+                    unsafe { matmul::matvec(&stream, row, &products, mode) }.expect("launch");
                     stream.synchronize().expect("run");
                     check(&what, &out.to_vec().expect("read"), &expected, LIMIT);
                 }
@@ -160,11 +160,51 @@ fn matrices_of_several_types_share_their_activations() {
         matrices.iter().zip(&outs).map(|((m, _), out)| Product { matrix: m, out: out.ptr() }).collect();
     let row = Row { x: dx.ptr(), norm: std::ptr::null(), eps: 0.0, scale: 1.0 };
     // SAFETY: all buffers live until the wait.
-    unsafe { matmul::matvec(&stream, row, &products, Mode::Store, None) }.expect("launch");
+    unsafe { matmul::matvec(&stream, row, &products, Mode::Store) }.expect("launch");
     stream.synchronize().expect("run");
     for ((_, exact), out) in matrices.iter().zip(&outs) {
         check("mixed", &out.to_vec().expect("read"), &product(exact, &x, cols), LIMIT);
     }
+}
+
+/// Launches of several types run at the same time; what comes after them waits for all.
+#[test]
+fn launches_beside_each_other_end_before_the_next() {
+    let Some((device, stream)) = gpu() else { return };
+    let mut noise = Noise(9);
+    let cols = 2560;
+    // The first launch takes longest, the others end before it.
+    let shapes = [(Type::Q4_K, 2048), (Type::Q6_K, 256), (Type::Q8_0, 256)];
+    let matrices = shapes.map(|(ty, rows)| matrix(&stream, ty, rows, cols, &mut noise).0);
+    let back = matrix(&stream, Type::Q4_K, cols, cols, &mut noise).0;
+    let (norm, start) = (device.upload(&noise.vec(cols)).expect("norm"), noise.vec(cols));
+    let run = |steps: usize, alone: bool| {
+        let (x, y) = (device.upload(&start).expect("x"), poisoned(&device, cols));
+        let row = |x: &Buffer<f32>| Row { x: x.ptr(), norm: norm.ptr(), eps: 1e-5, scale: 0.5 };
+        let mut first = 0;
+        let products = matrices.each_ref().map(|matrix| {
+            let out = y.at(first);
+            first += matrix.rows();
+            Product { matrix, out }
+        });
+        for _ in 0..steps {
+            for now in products.chunks(if alone { 1 } else { products.len() }) {
+                // SAFETY: all buffers live until the wait.
+                unsafe { matmul::matvec(&stream, row(&x), now, Mode::Store) }.expect("launch");
+                if alone {
+                    stream.synchronize().expect("run");
+                }
+            }
+            let out = [Product { matrix: &back, out: x.ptr() }];
+            // SAFETY: as above.
+            unsafe { matmul::matvec(&stream, row(&y), &out, Mode::Store) }.expect("launch");
+        }
+        stream.synchronize().expect("run");
+        x.to_vec().expect("read")
+    };
+    let expected = run(100, true);
+    assert!(expected.iter().all(|v| v.is_finite()));
+    assert!(run(100, false) == expected, "launches beside each other give other bits");
 }
 
 /// silu(gate) * up
@@ -187,7 +227,7 @@ fn gate_and_up_are_one_launch() {
             [Product { matrix: &gate, out: out.ptr() }, Product { matrix: &up, out: std::ptr::null_mut() }];
         let row = Row { x: dx.ptr(), norm: std::ptr::null(), eps: 0.0, scale: 1.0 };
         // SAFETY: all buffers live until the wait.
-        unsafe { matmul::matvec(&stream, row, &products, Mode::Glu, None) }.expect("launch");
+        unsafe { matmul::matvec(&stream, row, &products, Mode::Glu) }.expect("launch");
         stream.synchronize().expect("run");
         let expected = gated(&product(&wg, &x, cols), &product(&wu, &x, cols));
         check(&format!("{ty}"), &out.to_vec().expect("read"), &expected, 2.0 * LIMIT);

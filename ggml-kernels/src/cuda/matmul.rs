@@ -106,28 +106,30 @@ fn tile_count(products: &[Product<'_>], mode: Mode, per_block: usize) -> usize {
     }
 }
 
-/// Warps of a block of the one-row kernel.
-const MAX_WARPS: usize = 10;
-
 /// How the one-row kernel is spread over the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spread {
-    /// Warps of a block, which share the columns.
+    /// Warps of a block, which share the columns; at most [`Spread::most_warps`].
     pub warps: usize,
     /// Blocks of a multiprocessor; each takes tiles in turn.
     pub blocks: usize,
 }
 
 impl Spread {
+    /// Warps that a block of the kernel for `ty` has at most: units of some types take registers enough for eight.
+    #[must_use]
+    pub fn most_warps(ty: Type) -> usize {
+        if matches!(ty, Type::Q8_0 | Type::Q5_K) { 8 } else { 10 }
+    }
     /// For `tiles` tiles of weights of `ty`, as measured on an H100 (docs/gpu-notes.md): where the tiles fill the device, few warps a
     /// block and many blocks; else so many warps that all of a tile is in flight at once.
     #[must_use]
     pub fn of(ty: Type, tiles: usize, multiprocessors: usize) -> Self {
         let many = tiles > 2 * multiprocessors;
         match ty {
-            // Their units take registers enough for eight warps a block only.
-            Type::Q6_K | Type::Q8_0 | Type::Q5_K if !many => Self { warps: 8, blocks: 2 },
-            Type::Q6_K | Type::Q8_0 | Type::Q5_K => Self { warps: 5, blocks: 3 },
+            Type::Q8_0 | Type::Q5_K if many => Self { warps: 5, blocks: 3 },
+            Type::Q8_0 | Type::Q5_K => Self { warps: 8, blocks: 2 },
+            Type::Q6_K => Self { warps: 10, blocks: 2 },
             _ if many => Self { warps: 5, blocks: 4 },
             _ => Self { warps: 10, blocks: 2 },
         }
@@ -139,25 +141,22 @@ fn same_type<'p, 'a>(products: &'p [Product<'a>]) -> impl Iterator<Item = &'p [P
     products.chunk_by(|a, b| a.matrix.ty() == b.matrix.ty())
 }
 
-/// Queues products with one activation row, one launch for each run of equal types. `prefetch`: the memory of what a later launch reads
-/// first.
+/// Queues products with one activation row, one launch for each run of equal types; these run at the same time.
 ///
 /// # Safety
-/// The addresses are valid on the stream's device until the work is done.
-pub unsafe fn matvec(
-    stream: &Stream,
-    row: Row,
-    products: &[Product<'_>],
-    mode: Mode,
-    prefetch: Option<&Matrix>,
-) -> Result<()> {
-    let mut left = products.len();
-    for now in same_type(products) {
-        left -= now.len();
+/// The addresses are valid on the stream's device until the work is done, and no product writes what another reads or writes.
+pub unsafe fn matvec(stream: &Stream, row: Row, products: &[Product<'_>], mode: Mode) -> Result<()> {
+    let several = same_type(products).nth(1).is_some();
+    for (i, now) in same_type(products).enumerate() {
         let spread =
             Spread::of(now[0].matrix.ty(), tile_count(now, mode, 1), stream.device().multiprocessors());
+        let order = match (several, i) {
+            (false, _) => CLSA_ALONE,
+            (true, 0) => CLSA_LEADS,
+            (true, _) => CLSA_BESIDE,
+        };
         // SAFETY: the caller's.
-        unsafe { matvec_with(stream, row, now, mode, prefetch.filter(|_| left == 0), spread) }?;
+        unsafe { matvec_in_order(stream, row, now, mode, spread, order) }?;
     }
     Ok(())
 }
@@ -171,24 +170,34 @@ pub unsafe fn matvec_with(
     row: Row,
     products: &[Product<'_>],
     mode: Mode,
-    prefetch: Option<&Matrix>,
     spread: Spread,
+) -> Result<()> {
+    // SAFETY: the caller's.
+    unsafe { matvec_in_order(stream, row, products, mode, spread, CLSA_ALONE) }
+}
+
+unsafe fn matvec_in_order(
+    stream: &Stream,
+    row: Row,
+    products: &[Product<'_>],
+    mode: Mode,
+    spread: Spread,
+    order: clsa_matvec_order,
 ) -> Result<()> {
     let (task, n_tasks) = tasks(products, mode)?;
     let first = products[0].matrix;
-    let (start, bytes) = prefetch.map_or((std::ptr::null(), 0), Matrix::memory);
     let n_tiles = tile_count(products, mode, 1);
     let p = clsa_matvec {
         x: row.x,
         norm: row.norm,
         eps: row.eps,
         in_scale: row.scale,
+        out_scale: 1.0 / row.scale,
         mode: mode_number(mode),
         n_tasks,
         n_tiles: n_tiles as i32,
+        order: order as i32,
         reserved: 0,
-        prefetch: start,
-        prefetch_bytes: bytes,
         task,
     };
     let function = stream.device().function(&format!("clsa_matvec_{}_kernel", first.ty().name()))?;
@@ -197,7 +206,8 @@ pub unsafe fn matvec_with(
         function.allow_shared(shared)?;
     }
     let blocks = n_tiles.min(spread.blocks * stream.device().multiprocessors());
-    let launch = Launch::new(blocks, 32 * spread.warps.clamp(1, MAX_WARPS)).shared(shared).overlap();
+    let threads = 32 * spread.warps.clamp(1, Spread::most_warps(first.ty()));
+    let launch = Launch::new(blocks, threads).shared(shared).overlap();
     // SAFETY: the kernel's own struct; the rest is the caller's.
     unsafe { launch.run(stream, &function, &(p,)) }
 }

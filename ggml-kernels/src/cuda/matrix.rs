@@ -10,7 +10,7 @@ pub fn weight_scale(ty: Type) -> f32 {
 }
 
 /// Bytes of the planes (codes, high, scales, super) of a matrix: together exactly its ggml blocks. `None` when `cols` is not whole
-/// groups of 32, or whole blocks, or the sizes overflow.
+/// groups of 32, or whole blocks, or the sizes overflow, or there are 2^32 groups.
 #[must_use]
 pub fn plane_bytes(ty: Type, rows: usize, cols: usize) -> Option<[usize; 4]> {
     use Type as T;
@@ -39,6 +39,8 @@ pub fn plane_bytes(ty: Type, rows: usize, cols: usize) -> Option<[usize; 4]> {
         T::Q4_K | T::Q5_K => (16, 0),
         T::Q6_K => (16, 2),
     };
+    // Kernels number groups with 32 bits.
+    u32::try_from(per_group).ok()?;
     Some([
         per_group.checked_mul(codes)?,
         per_group.checked_mul(high)?,
@@ -241,5 +243,6 @@ mod tests {
         assert_eq!(plane_bytes(Type::F16, 4, 48), None);
         assert_eq!(plane_bytes(Type::Q4_K, 4, 288), None);
         assert_eq!(plane_bytes(Type::F16, usize::MAX, 64), None);
+        assert_eq!(plane_bytes(Type::Q4_0, 1 << 26, 2048), None);
     }
 }

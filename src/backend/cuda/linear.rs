@@ -27,14 +27,8 @@ pub struct Input {
 const HIDDEN_SCALE: f32 = 1.0 / 16.0;
 
 impl Cuda {
-    /// Each weight times the input, stored or added. `next`: the matrix that is read after it.
-    pub(super) fn linear(
-        &mut self,
-        input: Input,
-        out: &[(&Weight, *mut f32)],
-        mode: Mode,
-        next: Option<&Weight>,
-    ) -> Result<()> {
+    /// Each weight times the input, stored or added.
+    pub(super) fn linear(&mut self, input: Input, out: &[(&Weight, *mut f32)], mode: Mode) -> Result<()> {
         if out.iter().any(|(w, _)| w.ty == Type::F32) {
             return self.linear_f32(input, out, mode);
         }
@@ -45,11 +39,9 @@ impl Cuda {
         let products: Vec<_> =
             out.iter().map(|&(w, to)| Product { matrix: self.weights.matrix(w), out: to }).collect();
         if input.n == 1 {
-            // What comes next is asked for in advance; with more rows that costs more than it brings.
-            let next = next.map(|w| self.weights.matrix(w));
             let row = Row { x: input.x, norm: input.norm, eps: input.eps, scale: input.scale };
             // SAFETY: buffers of this backend, sized for max_rows.
-            return Ok(unsafe { matmul::matvec(&self.stream, row, &products, mode, next) }?);
+            return Ok(unsafe { matmul::matvec(&self.stream, row, &products, mode) }?);
         }
         for first in (0..input.n).step_by(FEW) {
             let rows = FEW.min(input.n - first);
@@ -164,30 +156,30 @@ impl Cuda {
                 unsafe { matmul::matmul_f32(&self.stream, x, input.n, product, mode) }?;
             } else {
                 let plain = Input { x, norm: std::ptr::null(), ..input };
-                self.linear(plain, &[(w, to)], mode, None)?;
+                self.linear(plain, &[(w, to)], mode)?;
             }
         }
         Ok(())
     }
 
     /// `x += Wo attended`
-    pub(super) fn output(&mut self, o: &Weight, next: &Weight) -> Result<()> {
+    pub(super) fn output(&mut self, o: &Weight) -> Result<()> {
         let (n, x) = self.rows();
         if std::mem::take(&mut self.state.halves) {
             return self.expanded(self.s.a16.ptr(), n, &[o], x.cast(), Output::AddF32, 1.0);
         }
         let input = Input { x: self.s.attended.ptr(), n, norm: std::ptr::null(), eps: 0.0, scale: 1.0 };
-        self.linear(input, &[(o, x)], Mode::Add, Some(next))
+        self.linear(input, &[(o, x)], Mode::Add)
     }
 
     /// `x += Wdown( silu(Wgate b) * (Wup b) )`, `b = RMS(x)`
-    pub(super) fn gated(&mut self, layer: &Layer, next: Option<&Weight>) -> Result<()> {
+    pub(super) fn gated(&mut self, layer: &Layer) -> Result<()> {
         let ffn = &layer.ffn;
         let (input, (n, x)) = (self.residual(&ffn.norm), self.rows());
         let hidden = |x| Input { x, n, norm: std::ptr::null(), eps: 0.0, scale: HIDDEN_SCALE };
         if !glu_in_one(layer) {
             let (gate, up) = (self.s.gate.ptr(), self.s.up.ptr());
-            self.linear(input, &[(&ffn.gate, gate), (&ffn.up, up)], Mode::Store, None)?;
+            self.linear(input, &[(&ffn.gate, gate), (&ffn.up, up)], Mode::Store)?;
             let p = clsa_glu {
                 gate: gate.cast(),
                 up: up.cast(),
@@ -203,7 +195,7 @@ impl Cuda {
             };
             // SAFETY: each thread reads its own values before it writes them.
             unsafe { matmul::glu(&self.stream, p) }?;
-            return self.linear(hidden(gate), &[(&ffn.down, x)], Mode::Add, next);
+            return self.linear(hidden(gate), &[(&ffn.down, x)], Mode::Add);
         }
         if n > FEW && self.blas.is_some() {
             return self.gated_many(layer, input, x);
@@ -214,8 +206,8 @@ impl Cuda {
             let row = Row { x: input.x, norm: input.norm, eps: input.eps, scale: input.scale };
             let products = [Product { matrix: gate, out: to }, Product { matrix: up, out: to }];
             // SAFETY: buffers of this backend, sized for max_rows.
-            unsafe { matmul::matvec(&self.stream, row, &products, Mode::Glu, Some(down)) }?;
-            return self.linear(hidden(to), &[(&ffn.down, x)], Mode::Add, next);
+            unsafe { matmul::matvec(&self.stream, row, &products, Mode::Glu) }?;
+            return self.linear(hidden(to), &[(&ffn.down, x)], Mode::Add);
         }
         let (cols, width) = (ffn.gate.n_in, ffn.down.n_out);
         let none = std::ptr::null_mut();

@@ -91,6 +91,8 @@ struct State {
     kept: bool,
     moved: bool,
     routed: bool,
+    /// Some layer has attended to the selection since it was made.
+    settled: bool,
     logits: bool,
     /// Attention left its results as f16 rows in `a16`.
     halves: bool,
@@ -214,7 +216,7 @@ impl Cuda {
             age: 0,
             clock: None,
             logits_host: device.pinned(spec.max_outputs * c.vocab)?,
-            sampling: Sampling::new(&device)?,
+            sampling: Sampling::new(&device, spec.max_outputs)?,
             stream,
             device,
             model,
@@ -236,7 +238,7 @@ impl Cuda {
         Ok(Memory {
             weights: weights::bytes(model, &share.layers)?,
             cache: placement::device_cache_bytes(&model.config, spec, &share.layers, share.kv),
-            scratch: sizes.bytes() + Blas::WORKSPACE as u64 + Sampling::bytes(),
+            scratch: sizes.bytes() + Blas::WORKSPACE as u64 + Sampling::bytes(spec.max_outputs),
             ..Memory::default()
         })
     }
@@ -321,6 +323,7 @@ impl Cuda {
 
     /// Copies the selected rows side by side, where they fit.
     fn gather(&mut self) -> Result<()> {
+        self.state.settled = false;
         let op = self.gather_op();
         if self.s.gathered.holds(&op) {
             // SAFETY: buffers and caches of this backend; the selection names positions of the sequences.
@@ -388,7 +391,10 @@ impl Backend for Cuda {
         Memory {
             weights: self.weights.bytes(),
             cache: self.caches.bytes(),
-            scratch: self.s.bytes() + self.step.bytes() + Blas::WORKSPACE as u64 + Sampling::bytes(),
+            scratch: self.s.bytes()
+                + self.step.bytes()
+                + Blas::WORKSPACE as u64
+                + Sampling::bytes(self.spec.max_outputs),
             ..Memory::default()
         }
     }
@@ -454,7 +460,7 @@ impl Backend for Cuda {
         let (wk, wv) =
             layer.kv.as_ref().ok_or_else(|| Error::Runtime(format!("layer {i} has no keys of its own")))?;
         let out = [(&layer.q, self.s.q.ptr()), (wk, self.s.k.ptr()), (wv, self.s.v.ptr())];
-        self.linear(self.residual(&layer.attn_norm), &out, Mode::Store, Some(&layer.o))?;
+        self.linear(self.residual(&layer.attn_norm), &out, Mode::Store)?;
         let (cos, sin) = self.step.angles(false);
         let (k_cache, v_cache) = self.caches.layer(i);
         let norms = layer.qk_norm.as_ref();
@@ -490,14 +496,13 @@ impl Backend for Cuda {
             }
         }
         self.mark(Stage::SelfAttention, Some(i))?;
-        self.output(&layer.o, &layer.ffn.gate)?;
+        self.output(&layer.o)?;
         self.mark(Stage::SelfProjections, Some(i))
     }
 
     fn feed_forward(&mut self, i: usize) -> Result<()> {
         let weights = self.model.weights.clone();
-        let next = weights.layers[..self.layers.end].get(i + 1).map(|l| &l.q);
-        self.gated(&weights.layers[i], next)?;
+        self.gated(&weights.layers[i])?;
         self.mark(Stage::FeedForward, Some(i))
     }
 
@@ -511,12 +516,7 @@ impl Backend for Cuda {
         if let Some((wq, wk)) = &shared.indexer {
             out.extend([(wk, self.s.index_key.ptr()), (wq, self.s.index_query.ptr())]);
         }
-        self.linear(
-            self.residual(&shared.norm),
-            &out,
-            Mode::Store,
-            weights.layers.get(c.n_self).map(|l| &l.q),
-        )?;
+        self.linear(self.residual(&shared.norm), &out, Mode::Store)?;
         let (k_cache, v_cache) = self.caches.shared();
         let (cos, sin) = self.step.angles(true);
         let op = clsa_rope_append {
@@ -595,7 +595,7 @@ impl Backend for Cuda {
         let (c, weights) = (self.model.config.clone(), self.model.weights.clone());
         let layer = &weights.layers[j];
         let q = self.s.q.ptr();
-        self.linear(self.residual(&layer.attn_norm), &[(&layer.q, q)], Mode::Store, Some(&layer.o))?;
+        self.linear(self.residual(&layer.attn_norm), &[(&layer.q, q)], Mode::Store)?;
         if let Some(rope) = &c.cross_rope {
             let (cos, sin) = self.step.angles(true);
             let op = clsa_rope_append {
@@ -613,23 +613,24 @@ impl Backend for Cuda {
         self.mark(Stage::CrossProjections, Some(j))?;
         if self.state.routed {
             let op = self.gather_op();
+            let settled = std::mem::replace(&mut self.state.settled, true);
             let gathered = self.s.gathered.holds(&op).then_some(&self.s.gathered);
             // SAFETY: as in `route`, which filled the selection.
-            unsafe { self.s.decode.gather_attention(&self.stream, &op, gathered) }?;
+            unsafe { self.s.decode.gather_attention(&self.stream, &op, gathered, settled) }?;
         } else {
             let op = self.attention(c.cross_heads, 0, self.caches.shared());
             // SAFETY: as above.
             unsafe { self.s.decode.attention(&self.stream, &op) }?;
         }
         self.mark(Stage::CrossAttention, Some(j))?;
-        self.output(&layer.o, &layer.ffn.gate)?;
+        self.output(&layer.o)?;
         self.mark(Stage::CrossProjections, Some(j))
     }
 
     fn logits(&mut self) -> Result<()> {
         let weights = self.model.weights.clone();
         let out = [(&weights.output, self.s.logits.ptr())];
-        self.linear(self.residual(&weights.output_norm), &out, Mode::Store, None)?;
+        self.linear(self.residual(&weights.output_norm), &out, Mode::Store)?;
         self.state.logits = true;
         self.mark(Stage::Logits, None)
     }
@@ -641,10 +642,16 @@ impl Backend for Cuda {
 
     fn finish_drawn(&mut self, draws: &[Draw]) -> Result<Vec<u32>> {
         let vocab = self.model.config.vocab;
+        let alike = draws.iter().all(|d| draws_alike(d, vocab));
+        if alike {
+            // Before the step: a copy after it would stand between the logits and the draw.
+            self.sampling.stage(&self.stream, draws)?;
+        }
         self.launch()?;
-        if self.state.logits && draws.iter().all(|d| draws_alike(d, vocab)) {
+        if self.state.logits && alike {
             // SAFETY: the logits of the output rows, one for each draw.
-            let tokens = unsafe { self.sampling.draw(&self.stream, self.s.logits.ptr(), vocab, draws) }?;
+            let tokens =
+                unsafe { self.sampling.draw(&self.stream, self.s.logits.ptr(), vocab, draws.len()) }?;
             if let Some(tokens) = tokens.into_iter().collect() {
                 return Ok(tokens);
             }

@@ -186,7 +186,8 @@ impl DecodeScratch {
     ///
     /// # Safety
     /// As [`Self::attention`], for both; and no two rows of the batch belong to the same sequence, since the rows' blocks do not wait
-    /// for each other.
+    /// for each other. What the caches hold of the sequences, and the batch's positions, slots and tables, were written before the
+    /// kernels of this step, of which those in front of this one may still run when it reads them.
     pub unsafe fn append_attention(
         &self,
         on: &impl Executor,
@@ -223,18 +224,21 @@ impl DecodeScratch {
     }
 
     /// Queues `op` (gather_attention.h), whose pointers are device addresses: over the rows that [`Gathered::gather`] put side by
-    /// side for the same batch and selection, or through the selection itself.
+    /// side for the same batch and selection, or through the selection itself. `settled`: this is not the first such op since they were
+    /// gathered and since the selection was made; those rows are then read before the kernels in front of this one are done.
     ///
     /// # Errors
     /// A shape that cannot be, or a failure of the driver.
     ///
     /// # Safety
-    /// As [`Self::attention`]; every count is at least 1 and at most `n_columns`.
+    /// As [`Self::attention`]; every count is at least 1 and at most `n_columns`. Where `settled`, a `gather_attention` of the same rows
+    /// stands between the gathering and this one: it waits, and only then lets the kernels after it start.
     pub unsafe fn gather_attention(
         &self,
         on: &impl Executor,
         op: &clsa_gather_attention,
         gathered: Option<&Gathered>,
+        settled: bool,
     ) -> Result<()> {
         let heads = Heads::new(op.n_head, op.n_kv, op.d)?;
         same_place(&op.k, &op.v, heads)?;
@@ -245,7 +249,7 @@ impl DecodeScratch {
         let splits = heads.splits(on, rows, op.n_columns as usize, fast);
         let split = self.split(heads, rows, splits, fast)?;
         let params = match gathered {
-            Some(g) => clsa_gather_cuda { split, ..g.params(op)? },
+            Some(g) => clsa_gather_cuda { split, settled: settled.into(), ..g.params(op)? },
             None => clsa_gather_cuda { op: *op, split, ..Default::default() },
         };
         let name = match (gathered, fast) {
