@@ -15,7 +15,7 @@ namespace {
 
 [[maybe_unused]] constexpr int D = 128;
 constexpr int KEYS = 64, GROUPS = 3, THREADS = 128 * GROUPS, STAGES = 3;
-constexpr int HALF_BYTES = KEYS * 128, TILE_BYTES = 2 * HALF_BYTES;
+constexpr int HALF_BYTES = KEYS * 128, TILE_BYTES = 2 * HALF_BYTES, RUN_BYTES = 16;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -133,8 +133,9 @@ __device__ __forceinline__ void prefill(const clsa_prefill_cuda &p) {
     struct Run {
         int slot, rows_end, begin, end; // positions begin..end
     };
-    // In shared memory, where it takes no registers: every thread writes the same.
-    Run &here = *reinterpret_cast<Run *>(shared + STAGES * 2 * TILE_BYTES);
+    // In shared memory, where it takes no registers: each warp has its own.
+    static_assert(sizeof(Run) == RUN_BYTES);
+    Run &here = reinterpret_cast<Run *>(shared + STAGES * 2 * TILE_BYTES)[threadIdx.x / 32];
     const auto load = [&](int tile) {
         const Run r = here;
         if (tile * KEYS < r.end)
@@ -155,7 +156,9 @@ __device__ __forceinline__ void prefill(const clsa_prefill_cuda &p) {
                 break;
         }
         r.end = op.batch.pos[r.rows_end - 1] + 1;
-        here = r;
+        __syncwarp(); // all have read the run before
+        if (lane == 0)
+            here = r;
         __syncwarp();
         load(r.begin / KEYS);
         load(r.begin / KEYS + 1);
@@ -291,7 +294,8 @@ __device__ __forceinline__ void prefill(const clsa_prefill_cuda &p) {
 } // namespace
 
 // Grid (tiles of p.tokens rows, n_kv); shared: CLSA_PREFILL_HOPPER_SHARED.
-static_assert(STAGES * 2 * TILE_BYTES + 16 + 1024 == CLSA_PREFILL_HOPPER_SHARED, "what the launch asks for");
+static_assert(STAGES * 2 * TILE_BYTES + THREADS / 32 * RUN_BYTES + 1024 == CLSA_PREFILL_HOPPER_SHARED,
+              "what the launch asks for");
 static_assert(64 * GROUPS == CLSA_PREFILL_HOPPER_ROWS, "what the launch counts with");
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 CLSA_KERNEL(attention_prefill_hopper, clsa_prefill_cuda, (THREADS, 1), (prefill(p)))

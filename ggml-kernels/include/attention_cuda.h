@@ -36,7 +36,7 @@ struct clsa_attention_cuda {
 // NULL: not normalised, cos NULL: not turned, else n_rot = d unless interleaved), and results go to `out_f16`, clamped
 // to f16's range, when that is not NULL.
 #define CLSA_PREFILL_HOPPER_ROWS 192 // (token, query head) rows of a block
-#define CLSA_PREFILL_HOPPER_SHARED (3 * 2 * 64 * 128 * 2 + 16 + 1024)
+#define CLSA_PREFILL_HOPPER_SHARED (3 * 2 * 64 * 128 * 2 + 12 * 16 + 1024)
 struct clsa_prefill_cuda {
     struct clsa_attention op;
     const float *q_norm;    // [d]
