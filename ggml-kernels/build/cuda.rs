@@ -4,7 +4,7 @@
 //! Without one the library is built with no GPU code and keeps the reason, so that `--device cuda` can say what is missing.
 //!
 //! `CLSA_CUDA_ARCHS` restricts the targets while developing: a list such as `90a` or `80 86 89 90a ptx90`.
-//! `CLSA_CUDA=off` leaves the GPU code out.
+//! `CLSA_CUDA_LINEINFO=1` adds the lines of the sources, for profilers (ten times as large). `CLSA_CUDA=off` leaves the GPU code out.
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,7 +17,7 @@ pub fn build(out: &Path) {
     for path in ["cuda", "build", "include"] {
         println!("cargo:rerun-if-changed={path}");
     }
-    for name in ["CUDA_HOME", "CLSA_CUDA_ARCHS", "CLSA_CUDA"] {
+    for name in ["CUDA_HOME", "CLSA_CUDA_ARCHS", "CLSA_CUDA_LINEINFO", "CLSA_CUDA"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     let built = nvcc().and_then(|nvcc| compile_all(&nvcc, out));
@@ -56,7 +56,7 @@ fn nvcc() -> Result<PathBuf, String> {
 }
 
 fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, String)>, String> {
-    let archs = env::var("CLSA_CUDA_ARCHS").unwrap_or_else(|_| ARCHS.into());
+    let options = &options();
     let sources = sorted("cuda", "cu");
     let jobs: Vec<(PathBuf, PathBuf)> = sources
         .iter()
@@ -66,16 +66,16 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, String)>, String>
         .iter()
         .filter(|(source, fatbin)| {
             modified(fatbin) < newest(source, &mut vec![])
-                || fs::read_to_string(fatbin.with_extension("archs")).ok().as_deref() != Some(&archs)
+                || fs::read_to_string(fatbin.with_extension("options")).ok() != Some(options.join(" "))
         })
         .collect();
     let workers = thread::available_parallelism().map_or(1, |n| n.get()).min(stale.len().max(1));
     thread::scope(|scope| {
         let handles: Vec<_> = (0..workers)
             .map(|w| {
-                let (mine, archs) = (stale.iter().skip(w).step_by(workers), &archs);
+                let mine = stale.iter().skip(w).step_by(workers);
                 scope.spawn(move || {
-                    mine.map(|(s, f)| compile(nvcc, archs, s, f)).collect::<Result<Vec<()>, String>>()
+                    mine.map(|(s, f)| compile(nvcc, options, s, f)).collect::<Result<Vec<()>, String>>()
                 })
             })
             .collect();
@@ -87,31 +87,27 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<(String, String)>, String>
         .collect())
 }
 
-fn compile(nvcc: &Path, archs: &str, source: &Path, fatbin: &Path) -> Result<(), String> {
-    let mut command = Command::new(nvcc);
-    command.args([
-        "-fatbin",
-        "-O3",
-        "-std=c++17",
-        "--expt-relaxed-constexpr",
-        "-Iinclude",
-        "-Icuda",
-        "-lineinfo",
-    ]);
-    for arch in archs.split_whitespace() {
-        let gencode = match arch.strip_prefix("ptx") {
-            Some(ptx) => format!("arch=compute_{ptx},code=compute_{ptx}"),
-            None => format!("arch=compute_{arch},code=sm_{arch}"),
-        };
-        command.arg(format!("-gencode={gencode}"));
-    }
-    let run = command.arg("-o").arg(fatbin).arg(source).output();
+/// What nvcc is called with, besides the files.
+fn options() -> Vec<String> {
+    let archs = env::var("CLSA_CUDA_ARCHS").unwrap_or_else(|_| ARCHS.into());
+    let lines = env::var("CLSA_CUDA_LINEINFO").is_ok_and(|v| v == "1").then_some("-lineinfo");
+    let fixed = ["-fatbin", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Iinclude", "-Icuda"];
+    let targets = archs.split_whitespace().map(|arch| match arch.strip_prefix("ptx") {
+        Some(ptx) => format!("-gencode=arch=compute_{ptx},code=compute_{ptx}"),
+        None => format!("-gencode=arch=compute_{arch},code=sm_{arch}"),
+    });
+    let compressed = ["-Xfatbin", "-compress-all"];
+    fixed.into_iter().chain(lines).chain(compressed).map(String::from).chain(targets).collect()
+}
+
+fn compile(nvcc: &Path, options: &[String], source: &Path, fatbin: &Path) -> Result<(), String> {
+    let run = Command::new(nvcc).args(options).arg("-o").arg(fatbin).arg(source).output();
     let run = run.map_err(|e| format!("{}: {e}", nvcc.display()))?;
     if !run.status.success() {
         // A broken kernel must not pass for a missing toolkit.
         panic!("nvcc failed on {}:\n{}", source.display(), String::from_utf8_lossy(&run.stderr));
     }
-    fs::write(fatbin.with_extension("archs"), archs).map_err(|e| e.to_string())
+    fs::write(fatbin.with_extension("options"), options.join(" ")).map_err(|e| e.to_string())
 }
 
 fn sorted(dir: &str, extension: &str) -> Vec<PathBuf> {
