@@ -200,7 +200,7 @@ fn main() -> Result<()> {
         let most = Spread::most_warps(ty);
         for all in [
             own,
-            [spread(most, 2); 3],
+            [spread(most, 2), spread(5, 4), spread(most, 2)],
             [spread(5, 4), spread(5, 4), spread(most, 2)],
             [spread(8, 2), spread(5, 4), spread(8, 2)],
         ] {

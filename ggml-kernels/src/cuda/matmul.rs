@@ -121,17 +121,13 @@ impl Spread {
     pub fn most_warps(ty: Type) -> usize {
         if matches!(ty, Type::Q8_0 | Type::Q5_K) { 8 } else { 10 }
     }
-    /// For `tiles` tiles of weights of `ty`, as measured on an H100 (docs/gpu-notes.md): where the tiles fill the device, few warps a
-    /// block and many blocks; else so many warps that all of a tile is in flight at once.
+    /// For `tiles` tiles of weights of `ty`, as measured on an H100 (docs/gpu-notes.md): so many warps that all of a tile is in flight at
+    /// once; of types whose units take more registers, where the tiles fill the device, few warps a block and many blocks.
     #[must_use]
     pub fn of(ty: Type, tiles: usize, multiprocessors: usize) -> Self {
-        let many = tiles > 2 * multiprocessors;
         match ty {
-            Type::Q8_0 | Type::Q5_K if many => Self { warps: 5, blocks: 3 },
-            Type::Q8_0 | Type::Q5_K => Self { warps: 8, blocks: 2 },
-            Type::Q6_K => Self { warps: 10, blocks: 2 },
-            _ if many => Self { warps: 5, blocks: 4 },
-            _ => Self { warps: 10, blocks: 2 },
+            Type::Q8_0 | Type::Q5_K if tiles > 2 * multiprocessors => Self { warps: 5, blocks: 3 },
+            _ => Self { warps: Self::most_warps(ty), blocks: 2 },
         }
     }
 }
