@@ -17,6 +17,9 @@ use ggml_kernels::simd::Level;
 const F32_TOLERANCE: f32 = 1e-4;
 /// The same, where a sum that lies between two cache values may be rounded to either: 0 measured with AVX2 and AVX-512 kernels.
 const ROUNDED_TOLERANCE: f32 = 1e-2;
+/// The same of quantized weights on AMX, whose products of few and of many rows round x, and of many weights too, in ways of their own:
+/// 1.8e-2 measured, of random weights.
+const TILES_TOLERANCE: f32 = 4e-2;
 
 const MODES: [Routing; 6] = [
     Routing::Clsa,
@@ -112,10 +115,10 @@ fn chunks_give_the_same_text_with_rounded_caches_and_weights() {
             let what = format!("{mix}, {cache:?} cache, chunks of {chunk}");
             let (mut engine, seq) = start(&model, Device::Ggml, &options);
             let got = prefill_in_chunks(&mut engine, seq, &tokens, chunk);
-            assert_near(&got, &want, ROUNDED_TOLERANCE, &what);
             // With AMX, chunks below and above so many rows take different kernels: within the tolerance, near ties may fall
             // either way.
             let one_kernel = Level::chosen() != Ok(Level::Amx) || chunk >= CLSA_AMX_ROWS as usize;
+            assert_near(&got, &want, if one_kernel { ROUNDED_TOLERANCE } else { TILES_TOLERANCE }, &what);
             if one_kernel {
                 assert_eq!(greedy_after(&mut engine, seq, &got, 16), text, "{what}");
             }

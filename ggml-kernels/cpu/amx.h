@@ -94,14 +94,17 @@ static __attribute__((noinline)) void amx_dot_bf16(int c, int a, int b) {
 }
 // Signed bytes, four values of k side by side.
 static __attribute__((noinline)) void amx_dot_int8(int c, int a, int b) {
-    for (int m = 0; m < AMX_ROWS; m++)
-        for (int n = 0; n < 16; n++) {
-            uint32_t sum;
-            memcpy(&sum, amx_tile(c)[m] + 4 * n, 4);
-            for (int k = 0; k < 64; k++)
-                sum += (uint32_t)((int8_t)amx_tile(a)[m][k] * (int8_t)amx_tile(b)[k / 4][4 * n + k % 4]);
-            memcpy(amx_tile(c)[m] + 4 * n, &sum, 4);
+    for (int m = 0; m < AMX_ROWS; m++) {
+        __m512i sum = _mm512_load_si512(amx_tile(c)[m]);
+        for (int k = 0; k < 16; k++) { // x + 128, which is unsigned, less 128
+            int32_t x;
+            memcpy(&x, amx_tile(a)[m] + 4 * k, 4);
+            const __m512i bias = _mm512_set1_epi8((char)0x80), w = _mm512_load_si512(amx_tile(b)[k]);
+            sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(_mm512_set1_epi32(x), bias), w);
+            sum = _mm512_sub_epi32(sum, _mm512_dpbusd_epi32(_mm512_setzero_si512(), bias, w));
         }
+        _mm512_store_si512(amx_tile(c)[m], sum);
+    }
 }
 
 #endif

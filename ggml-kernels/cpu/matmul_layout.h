@@ -121,12 +121,38 @@ ALWAYS_INLINE float *f32_rows(uint8_t *packed, int n_rows, int n_in, int forms) 
     return (float *)(packed + (forms & CLSA_FORM_Q8 ? q8_bytes(n_rows, n_in) : 0));
 }
 
-// ---- Form BF16, behind the two others: tiles of 16 rows (zeros behind the last row), each [n_in / 32][16][32] bf16.
+// ---- Form BF16, behind those two: tiles of 16 rows (zeros behind the last row), each [n_in / 32][16][32] bf16.
 ALWAYS_INLINE size_t bf16_bytes(int n_rows, int n_in) { return ROUND_UP((size_t)n_rows, 16) * (size_t)n_in * 2; }
 
-ALWAYS_INLINE uint8_t *bf16_tile(uint8_t *packed, int n_rows, int n_in, int forms, int tile) {
+// ---- Form I8, in its stead: tiles of 16 rows (zeros behind the last row), each of
+//   q    [n_in / 64, rounded up][16][64] int8     zeros behind the values
+//   s    [n_in / 128, rounded up][16] f32         H x / 64 = s * q in each block of 128
+// A group of 16 unpacked outputs has as many bytes: q [..][16][16][4], four values of each output side by side, and s.
+#define I8_BLOCK 128
+// Blocks of which no value has this size are zeros.
+#define I8_LEAST 0x1p-100f
+
+ALWAYS_INLINE int i8_steps(int n) { return (n + 63) / 64; }
+ALWAYS_INLINE size_t i8_tile_bytes(int n) {
+    return (size_t)i8_steps(n) * 1024 + (size_t)((n + I8_BLOCK - 1) / I8_BLOCK) * 64;
+}
+ALWAYS_INLINE size_t i8_bytes(int n_rows, int n_in) { return ROUND_UP((size_t)n_rows, 16) / 16 * i8_tile_bytes(n_in); }
+
+struct i8_tile {
+    int8_t *q;
+    float *s;
+};
+ALWAYS_INLINE struct i8_tile i8_tile_of(uint8_t *tile, int n) {
+    return (struct i8_tile){(int8_t *)tile, (float *)(tile + (size_t)i8_steps(n) * 1024)};
+}
+
+// Bytes of a tile of rows, or of a group of outputs, of the forms that tiles multiply.
+ALWAYS_INLINE size_t tile_bytes(int form, int n) { return form == CLSA_FORM_I8 ? i8_tile_bytes(n) : bf16_bytes(16, n); }
+
+// Tile `tile` of packed rows of one of them.
+ALWAYS_INLINE uint8_t *tile_at(uint8_t *packed, int n_rows, int n_in, int forms, int form, int tile) {
     const size_t f32 = forms & CLSA_FORM_F32 ? (size_t)n_rows * F32_STRIDE(n_in) * sizeof(float) : 0;
-    return (uint8_t *)f32_rows(packed, n_rows, n_in, forms) + f32 + bf16_bytes(16 * tile, n_in);
+    return (uint8_t *)f32_rows(packed, n_rows, n_in, forms) + f32 + (size_t)tile * tile_bytes(form, n_in);
 }
 
 // ---- The outputs of all matrices in groups of 16: group g of the op is group `g` of matrix `m`.
@@ -136,7 +162,7 @@ ALWAYS_INLINE uint8_t *bf16_tile(uint8_t *packed, int n_rows, int n_in, int form
 #define PANEL_BYTES (384 * 1024)
 // Bytes of 32 x 16 unpacked weights: one byte each, and two scales and minima each.
 #define PANEL_BLOCK_MAX (32 * GROUP + 4 * 4 * GROUP)
-// The same in bf16, for form BF16. Of 2 MiB of L2 the rows of x on their way take some, and so may another thread of
+// The same for forms BF16 and I8. Of 2 MiB of L2 the rows of x on their way take some, and so may another thread of
 // the same core.
 #define AMX_PANEL_BYTES (640 * 1024)
 #define AMX_PANEL_BLOCK (2 * 32 * GROUP)
@@ -170,6 +196,9 @@ struct mm_scratch {
 
 ALWAYS_INLINE size_t mm_panel_bytes(const struct clsa_matmul *p) {
     int blocks = (p->x.n_in + 31) / 32, both = p->epilogue == CLSA_EPILOGUE_SWIGLU ? 2 : 1;
+    // At least two groups; in form I8 of SwiGLU, gate and up of as many as make a block of packed results.
+    if (p->x.forms & CLSA_FORM_I8)
+        return MAX((size_t)AMX_PANEL_BYTES, i8_tile_bytes(p->x.n_in) * (both == 2 ? 2 * I8_BLOCK / GROUP : 2));
     if (p->x.forms & CLSA_FORM_BF16)
         return MAX((size_t)AMX_PANEL_BYTES, (size_t)blocks * AMX_PANEL_BLOCK * 2);
     return MAX((size_t)PANEL_BYTES, (size_t)blocks * PANEL_BLOCK_MAX * (size_t)both);

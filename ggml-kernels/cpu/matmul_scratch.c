@@ -4,7 +4,8 @@
 size_t clsa_packed_bytes(int32_t n_rows, int32_t n_in, int32_t forms) {
     size_t q8 = forms & CLSA_FORM_Q8 ? q8_bytes(n_rows, n_in) : 0;
     size_t f32 = forms & CLSA_FORM_F32 ? (size_t)n_rows * F32_STRIDE(n_in) * sizeof(float) : 0;
-    return q8 + f32 + (forms & CLSA_FORM_BF16 ? bf16_bytes(n_rows, n_in) : 0);
+    size_t bf16 = forms & CLSA_FORM_BF16 ? bf16_bytes(n_rows, n_in) : 0;
+    return q8 + f32 + bf16 + (forms & CLSA_FORM_I8 ? i8_bytes(n_rows, n_in) : 0);
 }
 
 size_t clsa_pack_scratch(const struct clsa_pack *p, int nth) {

@@ -15,8 +15,11 @@ struct sink {
     const uint8_t *ahead; // weights to prefetch
     V acc[SINK_ROWS];
     V part[4][SINK_ROWS]; // S16, M16: blocks of which half is done
-#ifdef MM_BF16
-    I codes[8]; // of the block in hand, on the way into the panel
+#ifdef MM_TILES
+    int form;      // of the panel: BF16 or I8, a compile-time constant
+    I codes[8];    // of the block in hand, on the way into the panel
+    V values[128]; // I8: of the block of 128 in hand, rotated among each 16
+    float *scales; // I8: [blocks of 128][16]
 #endif
 };
 
@@ -48,25 +51,98 @@ ALWAYS_INLINE void start(const struct sink *to, int rows, enum mm_kind kind, int
     }
 }
 
-#ifdef MM_BF16
-// Vectors from .. to of the codes in hand -> bf16 weights s * code + c of block b, as rows of a tile: lane o of row r
-// holds values 2r, 2r + 1 of output o. (Rounded to nearest, ties away from zero.)
-ALWAYS_INLINE void put_bf16(struct sink *to, int b, int from, int end, V s, V c) {
+#ifdef MM_TILES
+// H among n vectors that lie `stride` apart, of which each is one value of 16 outputs.
+ALWAYS_INLINE void rotate(V *v, int n, int stride) {
+#pragma clang loop unroll(full)
+    for (int h = 1; h < n; h *= 2)
+#pragma clang loop unroll(full)
+        for (int i = 0; i < n; i++)
+            if (!(i & h)) {
+                const V a = v[i * stride], b = v[(i + h) * stride];
+                v[i * stride] = v_add(a, b), v[(i + h) * stride] = v_sub(a, b);
+            }
+}
+
+// Steps of 64 of the values of a block, of which each 16 are rotated already -> H w, rounded to s * q with one scale
+// for an output.
+static __attribute__((noinline)) void put_i8(V *values, int steps, I *q, float *s) {
+    I most = i_zero();
+    for (int i = 0; i < 64 * steps; i += i % 16 == 15 ? 49 : 1) {
+        V v[4];
+        for (int k = 0; k < 4; k++)
+            v[k] = values[i + 16 * k];
+        rotate(v, 4, 1);
+        // The integer order of absolute values is theirs, with NaN above all.
+        for (int k = 0; k < 4; k++) {
+            values[i + 16 * k] = v[k];
+            most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(v[k])));
+        }
+    }
+    const V max = _mm512_castsi512_ps(most);
+    const __mmask16 finite = _mm512_cmp_epi32_mask(most, i_set32(0x7f800000), _MM_CMPINT_LT);
+    const __mmask16 some = _mm512_mask_cmp_ps_mask(finite, max, v_set1(I8_LEAST), _CMP_GE_OQ);
+    const V by = _mm512_maskz_div_ps(some, v_set1(127), max);
+    v_store(s, _mm512_mask_mov_ps(v_set1(NAN), finite, _mm512_maskz_mul_ps(some, max, v_set1(1.0f / 127))));
+    // Added to this, a value is rounded, and its lowest byte holds it.
+    const V whole = v_set1(0x1.8p23f);
+    for (int i = 0; i < 16 * steps; i++) {
+        I v[4];
+        for (int k = 0; k < 4; k++)
+            v[k] = _mm512_castps_si512(v_fma(values[4 * i + k], by, whole));
+        const I even = _mm512_mask_blend_epi16(0xaaaaaaaa, v[0], i_sll32(v[2], 16));
+        const I odd = _mm512_mask_blend_epi16(0xaaaaaaaa, v[1], i_sll32(v[3], 16));
+        i_store(q + i, _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, even, i_sll16(odd, 8)));
+    }
+}
+
+// A row's last block of 128, of which only `blocks` of 32 are there.
+ALWAYS_INLINE void put_rest(struct sink *to, int nb) {
+    const int blocks = nb % 4;
+    if (to->form != CLSA_FORM_I8 || blocks == 0)
+        return;
+    for (int i = 32 * blocks; i < 64; i++)
+        to->values[i] = v_zero();
+    if (blocks == 3)
+        for (int i = 96; i < 128; i++)
+            to->values[i] = v_zero();
+    put_i8(to->values, (blocks + 1) / 2, (I *)(to->panel + (size_t)(nb / 4) * 2 * 1024), to->scales + nb / 4 * GROUP);
+}
+
+// Vectors from .. to of the codes in hand -> weights s * code + c of block b, as rows of a tile.
+// BF16: lane o of row r holds values 2r, 2r + 1 of output o. (Rounded to nearest, ties away from zero.)
+ALWAYS_INLINE void put_tile(struct sink *to, int b, int from, int end, V s, V c) {
     I *out = (I *)(to->panel + (size_t)b * AMX_PANEL_BLOCK);
     const I half_step = i_set32(0x8000);
+    V all[32];
 #pragma clang loop unroll(full)
     for (int k = from; k < end; k++) {
-        I v[4];
+        V *v = all + 4 * k;
 #pragma clang loop unroll(full)
         for (int i = 0; i < 4; i++) {
             const I code = i == 0   ? i_and(to->codes[k], i_set32(0xff))
                            : i == 3 ? i_srl32(to->codes[k], 24)
                                     : i_and(i_srl32(to->codes[k], 8 * (unsigned)i), i_set32(0xff));
-            v[i] = i_add32(_mm512_castps_si512(v_fma(v_from32(code), s, c)), half_step);
+            v[i] = v_fma(v_from32(code), s, c);
         }
-        i_store(out + 2 * k, _mm512_mask_blend_epi16(0xaaaaaaaa, i_srl32(v[0], 16), v[1]));
-        i_store(out + 2 * k + 1, _mm512_mask_blend_epi16(0xaaaaaaaa, i_srl32(v[2], 16), v[3]));
+        if (to->form == CLSA_FORM_BF16) {
+            I r[4];
+#pragma clang loop unroll(full)
+            for (int i = 0; i < 4; i++)
+                r[i] = i_add32(_mm512_castps_si512(v[i]), half_step);
+            i_store(out + 2 * k, _mm512_mask_blend_epi16(0xaaaaaaaa, i_srl32(r[0], 16), r[1]));
+            i_store(out + 2 * k + 1, _mm512_mask_blend_epi16(0xaaaaaaaa, i_srl32(r[2], 16), r[3]));
+        }
+        if (to->form == CLSA_FORM_I8 && k % 4 == 3) {
+            V *const half = all + 4 * (k - 3);
+            rotate(half, 16, 1);
+#pragma clang loop unroll(full)
+            for (int i = 0; i < 16; i++)
+                to->values[32 * (b % 4) + 4 * (k - 3) + i] = half[i];
+        }
     }
+    if (to->form == CLSA_FORM_I8 && end == 8 && b % 4 == 3)
+        put_i8(to->values, 2, (I *)(to->panel + (size_t)(b / 4) * 2 * 1024), to->scales + b / 4 * GROUP);
 }
 #endif
 
@@ -75,7 +151,7 @@ ALWAYS_INLINE void put(struct sink *to, int rows, enum mm_kind kind, int log2_bi
                        I *sum) {
     if (rows == 0) { // a panel holds one bias for all types of a kind
         const int bias = kind == S32 ? 128 - (1 << log2_bias) : kind == S16 ? 32 - (1 << log2_bias) : 0;
-#ifdef MM_BF16
+#ifdef MM_TILES
         I *out = to->codes + 4 * half;
 #else
         I *out = (I *)(to->panel + (size_t)b * panel_block(kind)) + 4 * half;
@@ -102,8 +178,8 @@ ALWAYS_INLINE V fold_halves(V acc, V part, float xs) { return v_fma(part, v_set1
 // Ends the sum of a block (S32, M32). m is unused without minima.
 ALWAYS_INLINE void finish(struct sink *to, int rows, enum mm_kind kind, int b, V s, V m, const struct dots *d,
                           int with_by16) {
-#ifdef MM_BF16
-    put_bf16(to, b, 0, 8, s, kind == M32 ? v_sub(v_zero(), m) : v_mul(s, v_set1(-128)));
+#ifdef MM_TILES
+    put_tile(to, b, 0, 8, s, kind == M32 ? v_sub(v_zero(), m) : v_mul(s, v_set1(-128)));
     return;
 #endif
     if (rows == 0) {
@@ -125,8 +201,8 @@ ALWAYS_INLINE void finish(struct sink *to, int rows, enum mm_kind kind, int b, V
 // / 32.
 ALWAYS_INLINE void finish_half(struct sink *to, int rows, enum mm_kind kind, int b, int half, V s, V m32,
                                const struct dots *d) {
-#ifdef MM_BF16
-    put_bf16(to, b, 4 * half, 4 * half + 4, s, v_mul(kind == M16 ? m32 : s, v_set1(-32)));
+#ifdef MM_TILES
+    put_tile(to, b, 4 * half, 4 * half + 4, s, v_mul(kind == M16 ? m32 : s, v_set1(-32)));
     return;
 #endif
     if (rows == 0) {

@@ -12,9 +12,16 @@
 // alone: neither on the other rows, nor on nth, nor on how products are put together in one call. The scalar reference
 // does not round x, and adds in f64. A block of x with a NaN or an infinity gives NaN.
 //
-// With AMX, rows of form BF16 (quantized weights, CLSA_AMX_ROWS rows and more) are multiplied in another way: x and the
-// weights are rounded to bf16, products are added up in f32. That is nearer to the reference; but a row of an op of few
-// rows and the same row in an op of many then differ within the errors of both.
+// With AMX, quantized weights and CLSA_AMX_ROWS rows and more are multiplied in other ways, so that a row of an op of
+// few rows and the same row in an op of many differ within the errors of both:
+//   form I8    (all types of the op of at most 6 bits) x and the rows of W are cut into pieces of 64 values (zeros
+//   behind
+//              the last), and H x / 64 and H w take their place, H the Hadamard matrix of 64 x 64: (H x / 64) . (H w) =
+//              x . w, but no value stands out from its piece. Both are rounded to int8 per block of 128 (scale
+//              max / 127, f32; blocks with a maximum below 2^-100 are zeros); a block is an exact integer dot product,
+//              times the product of both scales, added up in f32 in increasing i, beginning with `add`. A block of W
+//              with a NaN or an infinity gives NaN too.
+//   form BF16  (other quantized types) x and the weights are rounded to bf16, products are added up in f32.
 #pragma once
 #include "clsa.h"
 
@@ -28,15 +35,15 @@ extern "C" {
 #define CLSA_PRIVATE_ROWS 8
 
 // Forms of packed rows, bits. Which ones a product reads depends on the weights' type and on the instruction set:
-// clsa_matmul_form_<isa>(type), and with AMX BF16.
-enum clsa_form { CLSA_FORM_Q8 = 1, CLSA_FORM_F32 = 2, CLSA_FORM_BF16 = 4 };
+// clsa_matmul_form_<isa>(type), and with AMX BF16 or I8, one of them for all matrices of the op.
+enum clsa_form { CLSA_FORM_Q8 = 1, CLSA_FORM_F32 = 2, CLSA_FORM_BF16 = 4, CLSA_FORM_I8 = 8 };
 
-// Rows from which form BF16 pays: unpacking weights to bf16 costs as much as multiplying some dozens of rows.
+// Rows from which forms BF16 and I8 pay: unpacking weights costs as much as multiplying some dozens of rows.
 #define CLSA_AMX_ROWS 32
 
 struct clsa_pack {
     int32_t n_rows, n_in;
-    int32_t forms;     // bits of enum clsa_form. Q8, BF16: n_in is a multiple of 32
+    int32_t forms;     // bits of enum clsa_form. All but F32: n_in is a multiple of 32
     float eps;         // for norm
     const float *x;    // [n_rows][x_stride]
     size_t x_stride;   // floats
@@ -78,8 +85,9 @@ struct clsa_matmul {
     struct clsa_pack x;
     int32_t n_mat;
     int32_t epilogue; // enum clsa_epilogue
-    // SWIGLU of rows of form BF16, n_out a multiple of 32: where the results go instead of mat[0].y, rounded and laid
-    // out as clsa_pack leaves form BF16, of which they have clsa_packed_bytes(n_rows, n_out), aligned to CLSA_ALIGN.
+    // SWIGLU of rows of form BF16 or I8, n_out a multiple of 32: where the results go instead of mat[0].y, rounded and
+    // laid out as clsa_pack leaves the same form, of which they have clsa_packed_bytes(n_rows, n_out), aligned to
+    // CLSA_ALIGN.
     uint8_t *y_packed;
     struct clsa_matrix mat[CLSA_MAX_MATRICES];
 };
@@ -94,7 +102,8 @@ size_t clsa_packed_bytes(int32_t n_rows, int32_t n_in, int32_t forms);
 size_t clsa_pack_scratch(const struct clsa_pack *p, int nth);
 size_t clsa_matmul_scratch(const struct clsa_matmul *p, int nth);
 
-// As clsa.h says of CLSA_OP. avx512vnni: F, BW, CD, DQ, VL, VNNI, VBMI and VBMI2. amx: those, BF16 and AMX-BF16.
+// As clsa.h says of CLSA_OP. avx512vnni: F, BW, CD, DQ, VL, VNNI, VBMI and VBMI2. amx: those, BF16, AMX-BF16 and
+// AMX-INT8.
 #define CLSA_MATMUL_ISA(isa)                                                                                           \
     int32_t clsa_matmul_form_##isa(int32_t type);                                                                      \
     void clsa_pack_##isa(const struct clsa_pack *p, int ith, int nth, void *scratch);                                  \

@@ -55,16 +55,20 @@ pub fn packed_bytes(n_rows: usize, n_in: usize, forms: i32) -> usize {
 /// The forms in which the given level's products of `n_rows` rows with weights of these types read x.
 #[must_use]
 pub fn forms(level: Level, n_rows: usize, types: impl IntoIterator<Item = Type> + Clone) -> i32 {
-    let tiles = level == Level::Amx
-        && n_rows >= CLSA_AMX_ROWS as usize
-        && types.clone().into_iter().all(Type::is_quantized);
-    let form = if tiles { bf16_form } else { form_of(level) };
+    let all = |of: fn(Type) -> bool| types.clone().into_iter().all(of);
+    if level == Level::Amx && n_rows >= CLSA_AMX_ROWS as usize && all(Type::is_quantized) {
+        // What 8 bits of weights leave would show in Q8_0.
+        return if all(|ty| ty != Type::Q8_0) { CLSA_FORM_I8 } else { CLSA_FORM_BF16 } as i32;
+    }
+    let form = form_of(level);
     // SAFETY: a table look-up.
     types.into_iter().fold(0, |forms, ty| forms | unsafe { form(ty.to_ggml() as i32) })
 }
 
-unsafe extern "C" fn bf16_form(_: i32) -> i32 {
-    CLSA_FORM_BF16 as i32
+/// Whether rows of these forms are of one that tiles multiply.
+#[must_use]
+pub const fn is_tiled(forms: i32) -> bool {
+    forms == CLSA_FORM_BF16 as i32 || forms == CLSA_FORM_I8 as i32
 }
 
 /// A matrix of a product: weights `[n_out][n_in]`, result `[n_rows][y_stride]`, nothing added.
@@ -147,10 +151,12 @@ macro_rules! ensure {
 
 fn shape(p: &clsa_pack) -> Check {
     ensure!(p.n_rows > 0 && p.n_in > 0, "{} rows of {} values: at least one", p.n_rows, p.n_in);
-    let all = (CLSA_FORM_Q8 | CLSA_FORM_F32 | CLSA_FORM_BF16) as i32;
+    let all = (CLSA_FORM_Q8 | CLSA_FORM_F32 | CLSA_FORM_BF16 | CLSA_FORM_I8) as i32;
     ensure!(p.forms > 0 && p.forms & !all == 0, "forms {}: bits of {all}", p.forms);
+    let tiles = (CLSA_FORM_BF16 | CLSA_FORM_I8) as i32;
+    ensure!(p.forms & tiles != tiles, "forms {}: BF16 or I8, not both", p.forms);
     ensure!(
-        p.forms & (CLSA_FORM_Q8 | CLSA_FORM_BF16) as i32 == 0 || p.n_in % 32 == 0,
+        p.forms == CLSA_FORM_F32 as i32 || p.n_in % 32 == 0,
         "rows of {} values do not go in blocks of 32",
         p.n_in
     );
@@ -191,8 +197,8 @@ pub(crate) fn check_matmul(p: &clsa_matmul) -> Check {
     ensure!(!swiglu || p.mat[0].n_out == p.mat[1].n_out, "gate and up differ in their outputs");
     if !p.y_packed.is_null() {
         ensure!(
-            swiglu && p.x.forms == CLSA_FORM_BF16 as i32 && p.mat[0].n_out % 32 == 0,
-            "packed results of {} outputs from forms {}: of whole blocks of gate and up, from form BF16 alone",
+            swiglu && is_tiled(p.x.forms) && p.mat[0].n_out % 32 == 0,
+            "packed results of {} outputs from forms {}: of whole blocks of gate and up, from form BF16 or I8 alone",
             p.mat[0].n_out,
             p.x.forms
         );

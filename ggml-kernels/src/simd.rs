@@ -10,7 +10,7 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, CD, DQ, VL (x86-64-v4).
     Avx512,
-    /// AMX-TILE and AMX-BF16, with AVX-512 VNNI, VBMI, VBMI2 and BF16 (Sapphire Rapids).
+    /// AMX-TILE, AMX-BF16 and AMX-INT8, with AVX-512 VNNI, VBMI, VBMI2 and BF16 (Sapphire Rapids).
     Amx,
 }
 
@@ -77,9 +77,9 @@ impl Level {
 fn amx_permitted() -> bool {
     static PERMITTED: OnceLock<bool> = OnceLock::new();
     *PERMITTED.get_or_init(|| {
-        // Leaf 7, EDX: AMX-BF16 is bit 22, AMX-TILE bit 24.
+        // Leaf 7, EDX: AMX-BF16 is bit 22, AMX-TILE bit 24, AMX-INT8 bit 25.
         let has = std::arch::x86_64::__cpuid_count(7, 0).edx;
-        has >> 22 & 1 == 1 && has >> 24 & 1 == 1 && ask_for_tiles()
+        [22, 24, 25].into_iter().all(|bit| has >> bit & 1 == 1) && ask_for_tiles()
     })
 }
 

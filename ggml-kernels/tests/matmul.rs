@@ -69,7 +69,7 @@ struct Call<'a> {
     pack: bool,
     /// Repacked weights.
     groups: bool,
-    /// Results in form BF16, where the rows are.
+    /// Results in the form of the rows, where tiles multiply them.
     y_packed: Option<&'a RefCell<Vec<Line>>>,
 }
 
@@ -115,7 +115,7 @@ fn product(ops: &Ops, call: &Call, x: &[f32], rows: usize, nth: usize) -> Vec<Ve
             (m.add, m.add_stride) = (add.as_ptr(), add.len() / rows);
         }
     }
-    if let Some(y) = call.y_packed.filter(|_| forms == CLSA_FORM_BF16 as i32) {
+    if let Some(y) = call.y_packed.filter(|_| matmul::is_tiled(forms)) {
         let mut y = y.borrow_mut();
         *y = vec![Line([0x7f; 64]); matmul::packed_bytes(rows, call.mats[0].n_out, forms).div_ceil(64)];
         (p.y_packed, p.mat[0].y) = (y.as_mut_ptr().cast(), std::ptr::null_mut());
@@ -148,12 +148,45 @@ fn normed(x: &[f32], norm: Option<&[f32]>) -> Vec<f64> {
     }
 }
 
+/// H v of the Hadamard matrix of 64, for each 64 values (zeros behind the last).
+fn rotated(v: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut v: Vec<f64> = v.collect();
+    v.resize(v.len().next_multiple_of(64), 0.0);
+    for piece in v.chunks_mut(64) {
+        for h in [1, 2, 4, 8, 16, 32] {
+            for i in (0..64).filter(|i| i & h == 0) {
+                (piece[i], piece[i + h]) = (piece[i] + piece[i + h], piece[i] - piece[i + h]);
+            }
+        }
+    }
+    v
+}
+
+/// As [`oracle`] for form I8: half a step of x and of the weights in each block of 128, after their rotation, and sums in f32.
+fn oracle_i8(w: &[f32], x: &[f64]) -> (f64, f64) {
+    let y = w.iter().zip(x).map(|(&w, &x)| f64::from(w) * x).sum();
+    let (w, x) = (rotated(w.iter().map(|&w| f64::from(w))), rotated(x.iter().map(|x| x / 64.0)));
+    let (mut bound, mut magnitude) = (0.0, 0.0);
+    for (w, x) in w.chunks(128).zip(x.chunks(128)) {
+        let max = |v: &[f64]| v.iter().fold(0f64, |m, v| m.max(v.abs()));
+        let (step_w, step_x) = (max(w) / 253.9, max(x) / 253.9); // halves of them
+        for (w, x) in w.iter().zip(x) {
+            bound += w.abs() * step_x + x.abs() * step_w + step_x * step_w;
+        }
+        magnitude += max(w) * max(x) * 128.0;
+    }
+    (y, bound + magnitude * (w.len() as f64 / 64.0 + 16.0) * f64::from(f32::EPSILON))
+}
+
 /// The product of one output with one row in f64, and the largest error that rounding x to int8 (form Q8), or x and weights to bf16
 /// (form BF16), and sums in f32 can make: half a step of each block of x per weight, or 2^-8 of x and of the weight, and n roundings
 /// of the sum of magnitudes (weights with a minimum are a difference of two sums, the larger of which is bounded by 16 steps of the
 /// weights: hence the factor).
 fn oracle(w: &[f32], x: &[f64], forms: i32) -> (f64, f64) {
-    let [q8, bf16] = [CLSA_FORM_Q8, CLSA_FORM_BF16].map(|form| forms & form as i32 != 0);
+    let [q8, bf16, i8] = [CLSA_FORM_Q8, CLSA_FORM_BF16, CLSA_FORM_I8].map(|form| forms & form as i32 != 0);
+    if i8 {
+        return oracle_i8(w, x);
+    }
     let (mut y, mut bound, mut magnitude) = (0.0, 0.0, 0.0);
     for (wb, xb) in w.chunks(32).zip(x.chunks(32)) {
         let max = xb.iter().fold(0f64, |m, v| m.max(v.abs()));
@@ -177,9 +210,8 @@ fn compare(ops: &Ops, call: &Call, x: &[f32], rows: usize, nth: usize) {
     let n_in = x.len() / rows;
     let got = product(ops, call, x, rows, nth);
     let all = forms(ops, call, rows);
-    // All in bf16, or each weight in the form of its type.
-    let bf16 = all & CLSA_FORM_BF16 as i32 != 0;
-    let form = |w: &Weights| if bf16 { all } else { matmul::forms(ops.level, 1, [w.ty]) };
+    // All in the same tiles, or each weight in the form of its type.
+    let form = |w: &Weights| if matmul::is_tiled(all) { all } else { matmul::forms(ops.level, 1, [w.ty]) };
     for (r, x) in x.chunks(n_in).enumerate() {
         let x = normed(x, call.norm);
         let each = |w: &Weights, o: usize| oracle(&w.values[o * n_in..][..n_in], &x, form(w));
@@ -302,10 +334,11 @@ proptest! {
 /// Results that are packed at once are, bit by bit, those that `pack` makes of the results.
 #[test]
 fn packed_results_are_those_of_pack() {
-    for (rows, n_out, nth) in [(32, 32, 1), (49, 96, 3), (64, 64, 2), (97, 160, 4)] {
+    let shapes = [(32, 32, 1), (49, 96, 3), (64, 64, 2), (97, 160, 4), (33, 1504, 3), (64, 512, 2)];
+    for ((rows, n_out, nth), other) in shapes.into_iter().flat_map(|s| [(s, Type::Q6_K), (s, Type::Q8_0)]) {
         let n_in = 512;
         let x = values(rows * n_in, 1);
-        let (gate, up) = (Weights::new(Type::Q4_K, n_out, n_in, 2), Weights::new(Type::Q6_K, n_out, n_in, 3));
+        let (gate, up) = (Weights::new(Type::Q4_K, n_out, n_in, 2), Weights::new(other, n_out, n_in, 3));
         for ops in Ops::all() {
             let packed = RefCell::new(vec![]);
             let call =
@@ -313,7 +346,7 @@ fn packed_results_are_those_of_pack() {
             let y = product(ops, &call, &x, rows, nth);
             product(ops, &Call { y_packed: Some(&packed), ..call.clone() }, &x, rows, nth);
             let forms = forms(ops, &call, rows);
-            if forms != CLSA_FORM_BF16 as i32 {
+            if !matmul::is_tiled(forms) {
                 continue;
             }
             let mut wanted = vec![Line([0; 64]); packed.borrow().len()];
@@ -462,6 +495,7 @@ fn checks_name_what_is_wrong() {
     wrong("0 rows", &|p| p.x.n_rows = 0);
     wrong("blocks of 32", &|p| p.x.n_in = 65);
     wrong("forms 0", &|p| p.x.forms = 0);
+    wrong("not both", &|p| p.x.forms = (CLSA_FORM_BF16 | CLSA_FORM_I8) as i32);
     wrong("too many", &|p| (p.x.n_rows, p.x.n_in) = (1 << 20, 1 << 10));
     wrong("not aligned", &|p| p.x.packed = 8 as *mut u8);
     wrong("overlap", &|p| p.x.x_stride = 63);

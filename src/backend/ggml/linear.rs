@@ -4,8 +4,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use ggml_kernels::contracts::{
-    CLSA_EPILOGUE_NONE, CLSA_EPILOGUE_SWIGLU, CLSA_FORM_BF16, CLSA_MAX_MATRICES, clsa_matmul, clsa_matrix,
-    clsa_pack,
+    CLSA_EPILOGUE_NONE, CLSA_EPILOGUE_SWIGLU, CLSA_MAX_MATRICES, clsa_matmul, clsa_matrix, clsa_pack,
 };
 use ggml_kernels::ggml as g;
 use ggml_kernels::matmul;
@@ -63,11 +62,12 @@ impl Linear {
         self.product(graph, x.rows(), Some(x), packed, add)
     }
 
-    /// `next` of these products: as two nodes, but rows that `next` reads rounded to bf16 never stand in memory unrounded.
+    /// `next` of these products: as two nodes, but rows that `next` reads rounded for tiles never stand in memory unrounded.
     pub fn then(self, next: Self, graph: &mut Graph, x: Node, add: Option<Node>) -> Node {
         let (rows, n_out) = (x.rows(), self.matrices[0].n_out);
-        let tiles = |l: &Self| l.pack(rows, ptr::null(), ptr::null_mut()).forms == CLSA_FORM_BF16 as i32;
-        let joined = self.swiglu && tiles(&self) && tiles(&next) && n_out.is_multiple_of(32);
+        let forms = |l: &Self| l.pack(rows, ptr::null(), ptr::null_mut()).forms;
+        let same = matmul::is_tiled(forms(&self)) && forms(&self) == forms(&next);
+        let joined = self.swiglu && same && n_out.is_multiple_of(32);
         if !joined || next.norm.is_some() || next.probe.is_some() {
             let y = self.node(graph, x, None);
             return next.node(graph, y, add);
