@@ -454,6 +454,29 @@ fn nothing_hides_a_nan() {
     }
 }
 
+/// A NaN or an infinity among the weights shows in its output, in every row, and in no other output.
+#[test]
+fn nothing_hides_a_nan_of_the_weights() {
+    let (n_in, n_out, output) = (320, 33, 21);
+    for (rows, bad) in [3, 40].into_iter().flat_map(|rows| [(rows, 0x7e00u16), (rows, 0x7c00)]) {
+        let x = values(rows * n_in, 6);
+        let mut w = Weights::new(Type::Q4_0, n_out, n_in, 5);
+        let at = output * w.bytes.len() / n_out + 7 * Type::Q4_0.block_bytes(); // the scale of block 7, of its row's 10
+        w.bytes[at..at + 2].copy_from_slice(&bad.to_le_bytes());
+        for ops in Ops::all() {
+            let y = product(ops, &Call { mats: vec![&w], ..Default::default() }, &x, rows, 2);
+            for (i, y) in y[0].iter().enumerate() {
+                assert_eq!(
+                    y.is_finite(),
+                    i % n_out != output,
+                    "{} {bad:x}, {rows} rows: {y} at {i}",
+                    ops.level
+                );
+            }
+        }
+    }
+}
+
 /// Rows of zeros are zeros; the largest values of every type do not overflow anything inside.
 #[test]
 fn extremes() {
