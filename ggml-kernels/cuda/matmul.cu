@@ -7,7 +7,7 @@
 
 namespace clsa {
 
-constexpr int MAX_WARPS = 8;
+constexpr int MAX_WARPS = CLSA_MATMUL_WARPS;
 
 // The groups of a lane in a chunk: group t of rows g and g + 8.
 template <int T> struct Pair {
@@ -154,7 +154,7 @@ using namespace clsa;
 // grid: the row tiles of all tasks, of tile_warps * 16 rows (GLU: 8); block: 32 * tile_warps * column shares;
 // shared: (shares - 1) * tile_warps * NT * 512 bytes.
 #define SAME(T, ROWS)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)                                                    \
+    extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1)                                                    \
         clsa_matmul_##ROWS##_##T##_kernel(const __grid_constant__ clsa_gpu_matmul p) {                                 \
         extern __shared__ float part[];                                                                                \
         int n;                                                                                                         \

@@ -23,6 +23,8 @@ extern "C" {
 
 // Largest number of activation rows of the kernels that read the planes directly.
 #define CLSA_MATMUL_ROWS 64
+// Warps of a block of those kernels, of which a multiprocessor holds one.
+#define CLSA_MATMUL_WARPS 16
 // Products that one launch may do on the same activations (q, k, v; or gate, up), with matrices of one type.
 #define CLSA_MATMUL_TASKS 4
 

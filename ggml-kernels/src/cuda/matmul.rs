@@ -229,10 +229,11 @@ pub unsafe fn matmul(
         let first = now[0];
         let (task, n_tasks) = tasks(now, mode)?;
         let n_padded = padded(a.rows);
-        // Blocks of many rows read the activations less often; enough blocks keep every multiprocessor busy.
-        let wanted = stream.device().multiprocessors() * 3 / 2;
-        let tile_warps = [4, 2, 1].into_iter().find(|&w| tile_count(now, mode, w) >= wanted).unwrap_or(1);
-        let shares = (8 / tile_warps).min(first.matrix.cols().div_ceil(128)).max(1);
+        // The most rows a block, which read the activations once, that leave blocks for three multiprocessors in five; the other warps share
+        // the columns (docs/gpu-notes.md).
+        let wanted = stream.device().multiprocessors() * 3 / 5;
+        let tile_warps = [8, 4, 2].into_iter().find(|&w| tile_count(now, mode, w) >= wanted).unwrap_or(1);
+        let shares = (CLSA_MATMUL_WARPS as usize / tile_warps).min(first.matrix.cols().div_ceil(128)).max(1);
         let (start, bytes) = prefetch.filter(|_| left == 0).map_or((std::ptr::null(), 0), Matrix::memory);
         let p = clsa_gpu_matmul {
             a: a.a.cast(),
@@ -250,11 +251,15 @@ pub unsafe fn matmul(
             task,
         };
         let name = format!("clsa_matmul_{n_padded}_{}_kernel", first.matrix.ty().name());
-        let launch = Launch::new(tile_count(now, mode, tile_warps), 32 * tile_warps * shares)
-            .shared((shares - 1) * tile_warps * (n_padded / 8) * 512)
-            .overlap();
+        let function = stream.device().function(&name)?;
+        let shared = (shares - 1) * tile_warps * (n_padded / 8) * 512;
+        if shared > 48 * 1024 {
+            function.allow_shared(shared)?;
+        }
+        let blocks = tile_count(now, mode, tile_warps);
+        let launch = Launch::new(blocks, 32 * tile_warps * shares).shared(shared).overlap();
         // SAFETY: the kernel's own struct; the rest is the caller's.
-        unsafe { launch.run(stream, &stream.device().function(&name)?, &(p,)) }?;
+        unsafe { launch.run(stream, &function, &(p,)) }?;
     }
     Ok(())
 }
