@@ -1,7 +1,7 @@
 // Exact selection of the k best of a stream, for the vector operations of vec_<isa>.h.
 //
-// Scores become integers that order as they do. A list takes what lies above its threshold; when it is full, the k-th
-// best of it becomes the threshold and only the k best stay. Positions come in ascending order and stay so: whatever
+// Scores become integers that order as they do. A list takes what lies above its threshold; when it is full, a bound of
+// its k best becomes the threshold and only those stay. Positions come in ascending order and stay so: whatever
 // comes later loses a tie.
 #pragma once
 
@@ -27,11 +27,13 @@ static size_t count_from(const struct list *lists, int32_t n_lists, int32_t key)
     return count;
 }
 
-// The largest key that at least k keys reach. Counts fewer than k in all: the least key.
+// A bound of the k best of more than k keys: at most k keys are above it, at least k at or above it.
 static int32_t kth_key(struct list *lists, int32_t n_lists, size_t k) {
     vi min = vi_set1(INT32_MAX), max = vi_set1(INT32_MIN);
+    size_t held = 0;
     for (int32_t l = 0; l < n_lists; l++) {
         struct list *list = &lists[l];
+        held += list->n;
         if (list->n == 0)
             continue;
         vi_store(list->key + list->n, vi_set1(list->key[0]));
@@ -42,12 +44,19 @@ static int32_t kth_key(struct list *lists, int32_t n_lists, size_t k) {
         vi_store(list->key + list->n, vi_set1(INT32_MIN)); // never counted
     }
     int64_t low = vi_hmin(min), high = (int64_t)vi_hmax(max) + 1; // k keys reach low, fewer reach high
-    while (high - low > 1) {
-        int64_t middle = low + (high - low) / 2;
-        if (count_from(lists, n_lists, (int32_t)middle) >= k)
-            low = middle;
+    size_t from_low = held, from_high = 0;
+    for (int step = 0; high - low > 1; step++) {
+        // Where k would be if keys lay evenly, and every other time in the middle, for when they do not.
+        const double part = step % 2 ? 0.5 : (double)(from_low - k) / (double)(from_low - from_high);
+        const int64_t guess = low + (int64_t)((double)(high - low) * part);
+        const int64_t middle = MIN(MAX(guess, low + 1), high - 1);
+        const size_t count = count_from(lists, n_lists, (int32_t)middle);
+        if (count == k)
+            return (int32_t)(middle - 1);
+        if (count > k)
+            low = middle, from_low = count;
         else
-            high = middle;
+            high = middle, from_high = count;
     }
     return (int32_t)low;
 }
