@@ -12,7 +12,7 @@
 
 namespace clsa {
 
-constexpr int MAX_WARPS = 10;
+constexpr int MAX_WARPS = CLSA_MATVEC_WARPS;
 
 struct Scratch {
     float part[2][MAX_WARPS][16];
@@ -165,28 +165,15 @@ template <int T> struct UnitScales {
             return;
         } else if constexpr (!L::super) {
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const size_t n = first + uint32_t(min(8 * unit + 2 * t + e, groups - 1));
-                scale[e] = L::scale_bytes == 2 ? load2(m.scales + n * 2) : load4(m.scales + n * 4);
-            }
+            for (int e = 0; e < 2; e++)
+                scale[e] = load_scale<T>(m, first + uint32_t(min(8 * unit + 2 * t + e, groups - 1)));
         } else {
             const uint32_t n = first / 8 + unit;
-            const uint8_t *p = m.scales + size_t(n) * L::scale_bytes;
-            if constexpr (QUAD) {
-                scale[0] = load4(p + 4 * t);
-            } else if constexpr (L::scale_bytes == 16) {
-                const uint4 v = __ldg(reinterpret_cast<const uint4 *>(p));
-                scale[0] = v.x, scale[1] = v.y, scale[2] = v.z, scale[3] = v.w;
-            } else if constexpr (L::scale_bytes == 12) {
-                scale[0] = load4(p), scale[1] = load4(p + 4), scale[2] = load4(p + 8);
-            } else {
-                const uint2 v = load8(p);
-                scale[0] = v.x, scale[1] = v.y;
-            }
-            if constexpr (L::super_bytes == 4)
-                sup = load4(m.super + size_t(n) * 4);
-            else if constexpr (L::super_bytes == 2)
-                sup = load2(m.super + size_t(n) * 2);
+            if constexpr (QUAD)
+                scale[0] = load4(m.scales + size_t(n) * L::scale_bytes + 4 * t);
+            else
+                load_scales<T>(m, n, scale);
+            load_super<T>(m, n, sup);
         }
     }
 
@@ -408,7 +395,8 @@ using namespace clsa;
 // (GLU: the 8-row tiles of task 0). One kernel for each type: a launch's tasks are of one type. Types whose units take
 // more registers have eight warps a block (Spread).
 #define SAME(T)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(T == Q8_0 || T == Q5_K ? 256 : 32 * MAX_WARPS, 2)                     \
+    extern "C" __global__ void __launch_bounds__(                                                                      \
+        T == Q8_0 || T == Q5_K ? 32 * CLSA_MATVEC_WARPS_WIDE : 32 * MAX_WARPS, 2)                                      \
         clsa_matvec_##T##_kernel(const __grid_constant__ clsa_matvec p) {                                              \
         __shared__ Scratch scratch;                                                                                    \
         run<T>(p, blockIdx.x, gridDim.x, p.n_tiles, scratch);                                                          \

@@ -193,6 +193,29 @@ template <int T> struct Codes {
     }
 };
 
+// What the planes hold of the scales of group n (d, or d and m), of super-block n, and above those.
+template <int T> __device__ inline uint32_t load_scale(const clsa_planes &m, size_t n) {
+    return Layout<T>::scale_bytes == 2 ? load2(m.scales + n * 2) : load4(m.scales + n * 4);
+}
+template <int T> __device__ inline void load_scales(const clsa_planes &m, size_t n, uint32_t *scale) {
+    const uint8_t *p = m.scales + n * Layout<T>::scale_bytes;
+    if constexpr (Layout<T>::scale_bytes == 16) {
+        const uint4 v = __ldg(reinterpret_cast<const uint4 *>(p));
+        scale[0] = v.x, scale[1] = v.y, scale[2] = v.z, scale[3] = v.w;
+    } else if constexpr (Layout<T>::scale_bytes == 12) {
+        scale[0] = load4(p), scale[1] = load4(p + 4), scale[2] = load4(p + 8);
+    } else {
+        const uint2 v = load8(p);
+        scale[0] = v.x, scale[1] = v.y;
+    }
+}
+template <int T> __device__ inline void load_super(const clsa_planes &m, size_t n, uint32_t &sup) {
+    if constexpr (Layout<T>::super_bytes == 4)
+        sup = load4(m.super + n * 4);
+    else if constexpr (Layout<T>::super_bytes == 2)
+        sup = load2(m.super + n * 2);
+}
+
 // The scales of one super-block, or of two groups, of a row.
 template <int T> struct Scales {
     using L = Layout<T>;
@@ -206,25 +229,12 @@ template <int T> struct Scales {
         } else if constexpr (!L::super) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const size_t n = size_t(r) * groups + min(first + g + e, groups - 1);
-                scale[e] = L::scale_bytes == 2 ? load2(m.scales + n * 2) : load4(m.scales + n * 4);
+                scale[e] = load_scale<T>(m, size_t(r) * groups + min(first + g + e, groups - 1));
             }
         } else {
             const size_t s = size_t(r) * (groups / 8) + first / 8;
-            const uint8_t *p = m.scales + s * L::scale_bytes;
-            if constexpr (L::scale_bytes == 16) {
-                const uint4 v = __ldg(reinterpret_cast<const uint4 *>(p));
-                scale[0] = v.x, scale[1] = v.y, scale[2] = v.z, scale[3] = v.w;
-            } else if constexpr (L::scale_bytes == 12) {
-                scale[0] = load4(p), scale[1] = load4(p + 4), scale[2] = load4(p + 8);
-            } else {
-                const uint2 v = load8(p);
-                scale[0] = v.x, scale[1] = v.y;
-            }
-            if constexpr (L::super_bytes == 4)
-                sup = load4(m.super + s * 4);
-            else if constexpr (L::super_bytes == 2)
-                sup = load2(m.super + s * 2);
+            load_scales<T>(m, s, scale);
+            load_super<T>(m, s, sup);
         }
     }
 

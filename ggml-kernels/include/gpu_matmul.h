@@ -25,6 +25,9 @@ extern "C" {
 #define CLSA_MATMUL_ROWS 64
 // Warps of a block of those kernels, of which a multiprocessor holds one.
 #define CLSA_MATMUL_WARPS 16
+// Warps of a block of the one-row kernels at most; of those whose units take more registers, for Q8_0 and Q5_K.
+#define CLSA_MATVEC_WARPS 10
+#define CLSA_MATVEC_WARPS_WIDE 8
 // Products that one launch may do on the same activations (q, k, v; or gate, up), with matrices of one type.
 #define CLSA_MATMUL_TASKS 4
 

@@ -119,7 +119,8 @@ impl Spread {
     /// Warps that a block of the kernel for `ty` has at most: units of some types take registers enough for eight.
     #[must_use]
     pub fn most_warps(ty: Type) -> usize {
-        if matches!(ty, Type::Q8_0 | Type::Q5_K) { 8 } else { 10 }
+        let wide = matches!(ty, Type::Q8_0 | Type::Q5_K);
+        (if wide { CLSA_MATVEC_WARPS_WIDE } else { CLSA_MATVEC_WARPS }) as usize
     }
     /// For `tiles` tiles of weights of `ty`, as measured on an H100 (docs/gpu-notes.md): so many warps that all of a tile is in flight at
     /// once; of types whose units take more registers, where the tiles fill the device, few warps a block and many blocks.
@@ -198,9 +199,6 @@ unsafe fn matvec_in_order(
     };
     let function = stream.device().function(&format!("clsa_matvec_{}_kernel", first.ty().name()))?;
     let shared = 512 + first.cols().div_ceil(128) * 288;
-    if shared > 48 * 1024 {
-        function.allow_shared(shared)?;
-    }
     let blocks = n_tiles.min(spread.blocks * stream.device().multiprocessors());
     let threads = 32 * spread.warps.clamp(1, Spread::most_warps(first.ty()));
     let launch = Launch::new(blocks, threads).shared(shared).overlap();
@@ -253,9 +251,6 @@ pub unsafe fn matmul(
         let name = format!("clsa_matmul_{n_padded}_{}_kernel", first.matrix.ty().name());
         let function = stream.device().function(&name)?;
         let shared = (shares - 1) * tile_warps * (n_padded / 8) * 512;
-        if shared > 48 * 1024 {
-            function.allow_shared(shared)?;
-        }
         let blocks = tile_count(now, mode, tile_warps);
         let launch = Launch::new(blocks, 32 * tile_warps * shares).shared(shared).overlap();
         // SAFETY: the kernel's own struct; the rest is the caller's.

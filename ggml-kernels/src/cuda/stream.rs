@@ -235,6 +235,9 @@ arguments!(A 0, B 1, C 2, D 3, E 4, F 5);
 arguments!(A 0, B 1, C 2, D 3, E 4, F 5, G 6);
 arguments!(A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7);
 
+/// Dynamic shared memory that a block gets without asking.
+const SHARED_BY_DEFAULT: usize = 48 * 1024;
+
 /// How a kernel is launched.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch {
@@ -263,7 +266,7 @@ impl Launch {
         self.grid = [x as u32, y as u32, z as u32];
         self
     }
-    /// Asks for dynamic shared memory.
+    /// Asks for dynamic shared memory, beyond what a block gets by default too.
     #[must_use]
     pub fn shared(mut self, bytes: usize) -> Self {
         self.shared = bytes;
@@ -299,6 +302,9 @@ impl Launch {
         // A kernel's code is loaded when it is first launched.
         let _work = gate::work();
         stream.device.bind()?;
+        if self.shared > SHARED_BY_DEFAULT {
+            function.allow_shared(self.shared)?;
+        }
         let mut parameters = [std::ptr::null_mut(); 8];
         arguments.addresses(&mut parameters);
         // SAFETY: an all-zero attribute is valid: CU_LAUNCH_ATTRIBUTE_IGNORE.

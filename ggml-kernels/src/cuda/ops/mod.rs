@@ -33,9 +33,6 @@ pub trait Executor {
     unsafe fn run<P: Copy>(&self, name: &str, launch: Launch, params: &P) -> Result<()>;
 }
 
-/// Dynamic shared memory that a block gets without asking.
-const SHARED_BY_DEFAULT: usize = 48 * 1024;
-
 impl Executor for Stream {
     fn multiprocessors(&self) -> usize {
         self.device().multiprocessors()
@@ -45,9 +42,6 @@ impl Executor for Stream {
     }
     unsafe fn run<P: Copy>(&self, name: &str, launch: Launch, params: &P) -> Result<()> {
         let function = self.device().function(name)?;
-        if launch.shared > SHARED_BY_DEFAULT {
-            function.allow_shared(launch.shared)?;
-        }
         // SAFETY: the caller's.
         unsafe { launch.overlap().run(self, &function, &(*params,)) }
     }
