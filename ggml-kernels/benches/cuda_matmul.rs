@@ -91,7 +91,6 @@ fn one_row(s: &Stream, layers: &[Layer], b: &Buffers, kind: Kind, spread: [Sprea
             x: x.ptr(),
             norm: if norm { b.norm.ptr() } else { std::ptr::null_mut() },
             eps: 1e-5,
-            scale: 1.0,
         };
         let out = |matrix, to: &Buffer<f32>| Product { matrix, out: to.ptr() };
         let on = |k| kind == k || kind == Kind::All;
@@ -144,7 +143,7 @@ fn check(stream: &Stream, l: &Layer, b: &Buffers, ty: Type) -> Result<()> {
     let mut exact = vec![0.0; values.len()];
     quant::dequantize(ty, &blocks, &mut exact);
     let x = b.x.to_vec()?;
-    let row = Row { x: b.x.ptr(), norm: std::ptr::null(), eps: 0.0, scale: 1.0 };
+    let row = Row { x: b.x.ptr(), norm: std::ptr::null(), eps: 0.0 };
     // SAFETY: the buffers live in `main`.
     unsafe { matmul::matvec(stream, row, &[Product { matrix: &l.q, out: b.q.ptr() }], Mode::Store) }?;
     stream.synchronize()?;

@@ -1,13 +1,18 @@
 // One activation row times quantized matrices: see clsa_matvec in gpu_matmul.h.
 //
 // A block takes tiles of 16 rows of W (GLU: 8 of the gate and the same 8 of up), one after another; its warps share the
-// columns in units of 256, eight groups of 32. In a unit lane (g, t) reads groups t and t + 4 of rows g and g + 8, and
-// the tensor cores multiply: sixteen 16x8x16 products whose k-th pairs are numbered so that each lane's own weights are
-// its fragment. The eight columns of the activation operand keep the groups apart: column n holds the activations of
-// group n and zeros for the others, so that the product [16][8] is the sum of each row and group, which one
-// multiplication by the group's scale ends. The codes go in as they are: an integer below 2048 in the bits of an f16 is
-// that integer times 2^-24. Offsets of the codes meet the sums of the activations. A warp's first two units are asked
-// for before the predecessor kernel has ended, and each later one when the unit two before it is multiplied.
+// columns in units of 256, eight groups of 32. A warp converts the activations of its own units, so that no barrier
+// stands between the row's arrival and the products; RMSNorm's factor meets the sums at the end.
+//
+// In a unit lane (g, t) reads groups t and t + 4 of rows g and g + 8, and the tensor cores multiply: for either row
+// eight 16x8x16 products, row g of whose operand is the lane's first group and row g + 8 its second. The k-th pairs are
+// numbered so that each lane's own weights are its fragment. The eight columns of the activation operand keep the
+// groups apart: column n holds the activations of one group, in the lanes that hold its weights, and zeros elsewhere,
+// so that the product holds the sum of each row and group, which one multiplication by the group's scale ends. The
+// codes go in as they are: an integer below 2048 in the bits of an f16 is that integer times 2^-24. Offsets of the
+// codes meet the sums of the activations. A warp's first two units are asked for before the predecessor kernel has
+// ended, their scales are decoded while the row is on its way, and each later unit is asked for when the one two before
+// it is multiplied.
 #include "quant.cuh"
 
 namespace clsa {
@@ -15,9 +20,18 @@ namespace clsa {
 constexpr int MAX_WARPS = CLSA_MATVEC_WARPS;
 
 struct Scratch {
-    float part[2][MAX_WARPS][16];
-    float sums[32];
+    float4 part[2][MAX_WARPS][16]; // of each warp and row: the sums of the row's four lanes
+    float squares[MAX_WARPS];      // the sum of each warp's activations squared
 };
+
+// The activations of a unit in shared memory: eight of group t + 4e, the i-th of four, lie at value[9i + 2t + e], their
+// pairs in the order 0 2 1 3; value[9i + 8] is zero, for the lanes of other groups.
+struct Values {
+    uint4 value[36];
+    float4 sum[4];              // of the halves of groups t and t + 4: [t]
+    float unscale, reserved[3]; // undoes the values' scale
+};
+static_assert(sizeof(Values) == CLSA_MATVEC_UNIT, "what the host reserves");
 
 // Eight activations from x, times the norm's weights.
 struct Eight {
@@ -32,24 +46,23 @@ struct Eight {
         v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
     }
     __device__ float squares() const {
-        float s = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            s += v[j] * v[j];
-        return s;
+        const auto two = [&](int j) { return v[j] * v[j] + v[j + 1] * v[j + 1]; };
+        return (two(0) + two(2)) + (two(4) + two(6));
     }
-    __device__ void times(const float *w, int u) {
-        Eight by;
-        by.load(w, u);
+    __device__ void times(const Eight &by) {
 #pragma unroll
         for (int j = 0; j < 8; j++)
             v[j] *= by.v[j];
+    }
+    __device__ float largest() const {
+        const auto two = [&](int j) { return fmaxf(fabsf(v[j]), fabsf(v[j + 1])); };
+        return fmaxf(fmaxf(two(0), two(2)), fmaxf(two(4), two(6)));
     }
     __device__ uint4 halves(float scale) const {
         uint32_t h[4];
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            h[j] = bits(clamped(v[2 * j] * scale, v[2 * j + 1] * scale));
+            h[j] = bits(__floats2half2_rn(v[2 * j] * scale, v[2 * j + 1] * scale));
         return make_uint4(h[0], h[2], h[1], h[3]);
     }
 };
@@ -60,78 +73,81 @@ __device__ inline float sum_of_halves(const uint4 &v) {
     return ((a.x + a.y) + (b.x + b.y)) + ((c.x + c.y) + (d.x + d.y));
 }
 
-// Dynamic shared memory: zeros, the activations, and their sums over each 16.
-constexpr int ZEROS = 32; // of 16 bytes: what the lanes of the other groups read
+// A warp writes a unit's values: f16, times the power of two that brings the largest near 2^14, so that none overflows
+// and f16 keeps 2^-11 of each. Their sums are times 2^-24, as the integer codes are. NORM: also adds the lanes' squares
+// up, in the time that the other steps wait for each other.
+template <bool NORM> __device__ inline void write_values(Values &to, const Eight &x, float &squares, int lane) {
+    const auto add = [&](int o) {
+        if (NORM)
+            squares += __shfl_xor_sync(0xFFFFFFFFu, squares, o);
+    };
+    const uint32_t top = __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(x.largest()));
+    add(16);
+    const int shift = top == 0 ? 0 : min(126, max(-126, 141 - int(top >> 23)));
+    const uint4 v = x.halves(__uint_as_float(uint32_t(127 + shift) << 23));
+    const int t = lane / 4 % 4, e = lane / 16, i = lane % 4;
+    to.value[9 * i + 2 * t + e] = v;
+    if (lane < 4)
+        to.value[9 * lane + 8] = make_uint4(0, 0, 0, 0);
+    add(8);
+    float s = sum_of_halves(v) * (1.0f / 16777216.0f);
+    add(4);
+    s += __shfl_xor_sync(0xFFFFFFFFu, s, 1);
+    add(2);
+    if (i % 2 == 0)
+        reinterpret_cast<float *>(to.sum)[4 * t + 2 * e + i / 2] = s;
+    if (lane == 0)
+        to.unscale = __uint_as_float(uint32_t(127 - shift) << 23);
+    add(1);
+}
 
-// Waits for the predecessors, then puts f16 activations into shared memory: unit u of eight lies at (chunk * 4 + i) * 4
-// + t with chunk = u / 16, t = u / 4 % 4, i = u % 4, its pairs in the order 0 2 1 3.
-// HELD: values of a thread in registers; the rest are read later (NORM: twice).
-template <bool NORM, int HELD>
-__device__ inline void load_activations(const clsa_matvec &p, int cols, int chunks, uint4 *xs, float *sums,
-                                        float *scratch) {
-    const int units = cols / 8, padded = chunks * 16, threads = blockDim.x;
-    Eight x[HELD];
-#pragma unroll
-    for (int j = 0; j < HELD; j++) {
-        const int u = threadIdx.x + j * threads;
-        x[j].fill(0.0f);
-        if (NORM && u < units)
-            prefetch_l2(p.norm + u * 8);
-    }
-    if (threadIdx.x < ZEROS)
-        xs[int(threadIdx.x) - ZEROS] = make_uint4(0, 0, 0, 0);
+// Waits for the predecessors, then writes the values of the warp's units, HELD of them asked for at once. `meanwhile`
+// runs while the first are on their way. NORM: times the norm's weights; returns the sum of the squares before that.
+template <bool NORM, int HELD, typename F>
+__device__ inline float load_activations(const clsa_matvec &p, int cols, int units, int warp, int warps, int lane,
+                                         Values *values, F meanwhile) {
+    Eight weights; // of the norm: those of the first unit are there before the row is
+    weights.fill(0.0f);
+    if (NORM && warp * 256 + lane * 8 < cols)
+        weights.load(p.norm, warp * 32 + lane);
     if (p.order != CLSA_BESIDE)
         wait_for_predecessors();
     if (p.order == CLSA_LEADS)
         release_successors();
-    float scale = p.in_scale;
-#pragma unroll
-    for (int j = 0; j < HELD; j++) {
-        const int u = threadIdx.x + j * threads;
-        if (u < units)
-            x[j].load(p.x, u);
-    }
-    if constexpr (NORM) {
-        float sum = 0.0f;
+    float squares = 0.0f;
+#pragma unroll 1
+    for (int start = warp; start < units; start += HELD * warps) {
+        Eight x[HELD];
 #pragma unroll
         for (int j = 0; j < HELD; j++) {
-            const int u = threadIdx.x + j * threads;
-            sum += x[j].squares();
-            if (u < units)
-                x[j].times(p.norm, u);
+            const int u = (start + j * warps) * 32 + lane;
+            x[j].fill(0.0f);
+            if (u * 8 < cols)
+                x[j].load(p.x, u);
         }
-        for (int u = threadIdx.x + HELD * threads; u < units; u += threads) {
-            Eight more;
-            more.load(p.x, u);
-            sum += more.squares();
-        }
-        scale *= rsqrtf(block_sum(sum, scratch) / float(cols) + p.eps);
-    }
-    const auto put = [&](int u, const uint4 &v) { // by whole warps
-        float s = sum_of_halves(v);
-        s += __shfl_xor_sync(0xFFFFFFFFu, s, 1);
-        if (u < padded) {
-            xs[(u / 16 * 4 + u % 4) * 4 + u / 4 % 4] = v;
-            if (u % 2 == 0)
-                sums[u / 2] = s;
-        }
-    };
+        if (start == warp)
+            meanwhile();
 #pragma unroll
-    for (int j = 0; j < HELD; j++)
-        if (j * threads < padded)
-            put(threadIdx.x + j * threads, x[j].halves(scale));
-    for (int first = HELD * threads; first < padded; first += threads) {
-        const int u = first + threadIdx.x;
-        Eight more;
-        more.fill(0.0f);
-        if (u < units) {
-            more.load(p.x, u);
-            if constexpr (NORM)
-                more.times(p.norm, u);
+        for (int j = 0; j < HELD; j++) {
+            const int unit = start + j * warps, u = unit * 32 + lane;
+            if (unit >= units)
+                break;
+            float own = 0.0f;
+            if constexpr (NORM) {
+                own = x[j].squares();
+                if (j > 0 || start > warp) {
+                    weights.fill(0.0f);
+                    if (u * 8 < cols)
+                        weights.load(p.norm, u);
+                }
+                x[j].times(weights);
+            }
+            write_values<NORM>(values[unit], x[j], own, lane);
+            squares += own;
         }
-        put(u, more.halves(scale));
     }
-    __syncthreads();
+    __syncwarp();
+    return squares;
 }
 
 // A tile of the launch: its task, and its first row there.
@@ -152,10 +168,11 @@ struct Tile {
     }
 };
 
-// The scales of groups 2t and 2t + 1 of a unit of a row.
+// The scales of groups t and t + 4 of a unit of a row.
 template <int T> struct UnitScales {
     using L = Layout<T>;
-    static constexpr bool QUAD = T == Q6_K || T == Q2_K; // a byte for each 16 weights
+    static constexpr bool PAIRS = T == Q4_K || T == Q5_K; // decoded: multipliers and offsets of both groups, as floats
+    static constexpr bool QUAD = T == Q6_K || T == Q2_K;  // a byte for each 16 weights; decoded: of both groups
     uint32_t scale[L::super ? (QUAD ? 1 : (L::scale_bytes + 3) / 4) : 2];
     uint32_t sup;
 
@@ -166,71 +183,73 @@ template <int T> struct UnitScales {
         } else if constexpr (!L::super) {
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                scale[e] = load_scale<T>(m, first + uint32_t(min(8 * unit + 2 * t + e, groups - 1)));
+                scale[e] = load_scale<T>(m, first + uint32_t(min(8 * unit + t + 4 * e, groups - 1)));
         } else {
             const uint32_t n = first / 8 + unit;
             if constexpr (QUAD)
-                scale[0] = load4(m.scales + size_t(n) * L::scale_bytes + 4 * t);
+                scale[0] = load4(m.scales + size_t(n) * L::scale_bytes + 4 * t); // of groups 2t and 2t + 1
             else
                 load_scales<T>(m, n, scale);
             load_super<T>(m, n, sup);
         }
     }
 
-    // y += the products of a row. product(e, side): of the codes of group 2t + e (of its half `side`) times 2^-24;
-    // sum(e, side): of the activations.
-    template <typename P, typename S> __device__ void add(float &y, int t, P product, S sum) const {
-        constexpr int SIDES = L::sub16 ? 2 : 1;
-        if constexpr (T == Q4_K || T == Q5_K) {
-            // Bytes 2t % 4 and the next of the scales' words, in the halves of a word; an integer in the bits of an f16
-            // is that integer times 2^-24.
-            const uint32_t select = t % 2 ? 0x4342 : 0x4140;
-            const uint32_t v = __byte_perm(scale[1], 0, select), m = __byte_perm(scale[2], 0, select);
-            const uint32_t x = __byte_perm(scale[3], 0, select);
-            const bool late = t >= 2;
-            const float2 sc = __half22float2(bits2(late ? (x & 0x000F000F) | (v >> 2 & 0x00300030) : v & 0x003F003F));
-            const float2 mn =
-                __half22float2(bits2(late ? (x >> 4 & 0x000F000F) | (m >> 2 & 0x00300030) : m & 0x003F003F));
+    // What needs no activations. By whole warps.
+    __device__ void decode(int t) {
+        if constexpr (PAIRS) {
+            // Bytes t of the scales' words: 6 bits of group t, and 2 of group t + 4, whose others are in the last word.
+            // An integer in the bits of an f16 is that integer times 2^-24.
+            const uint32_t v = __byte_perm(scale[1], scale[2], t * 0x1111 + 0x4400);
+            const uint32_t x = __byte_perm(scale[3], 0, t * 0x1111);
+            const float2 one = __half22float2(bits2(v & 0x003F003F));
+            const float2 two = __half22float2(bits2((v >> 2 & 0x00300030) | (x & 0xF) | (x >> 4 & 0x000F0000)));
             const float2 dm = __half22float2(bits2(scale[0]));
-            y += dm.x * 281474976710656.0f * (sc.x * product(0, 0) + sc.y * product(1, 0)) -
-                 dm.y * 16777216.0f * (mn.x * sum(0, 0) + mn.y * sum(1, 0));
+            scale[0] = __float_as_uint(dm.x * one.x), scale[1] = __float_as_uint(dm.x * two.x);
+            scale[2] = __float_as_uint(dm.y * one.y), scale[3] = __float_as_uint(dm.y * two.y);
+        } else if constexpr (QUAD) {
+            const int lane = threadIdx.x % 32;
+            const uint32_t one = __shfl_sync(0xFFFFFFFFu, scale[0], (lane & 28) | t / 2);
+            const uint32_t two = __shfl_sync(0xFFFFFFFFu, scale[0], (lane & 28) | 2 | t / 2);
+            scale[0] = __byte_perm(one, two, t % 2 ? 0x7632 : 0x5410);
+        }
+    }
+
+    // What undoes the powers of two that sums() leaves out.
+    static constexpr float factor = L::floats ? 1.0f / weight_scale<T>() : PAIRS ? 281474976710656.0f : 16777216.0f;
+
+    // The part of halves `side` of both groups (of all of them, where a group has one scale) in a row's product. a, b:
+    // of the codes times 2^-24 with the activations; sa, sb: of the activations, times 2^-24.
+    __device__ float sums(int t, int side, float a, float b, float sa, float sb) const {
+        if constexpr (L::floats) {
+            return a + b;
+        } else if constexpr (PAIRS) {
+            return __uint_as_float(scale[0]) * a + __uint_as_float(scale[1]) * b -
+                   (__uint_as_float(scale[2]) * sa + __uint_as_float(scale[3]) * sb);
         } else if constexpr (QUAD) {
             const float2 d = __half22float2(bits2(sup));
-            float scaled = 0.0f, offset = 0.0f;
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-#pragma unroll
-                for (int side = 0; side < 2; side++) {
-                    const uint32_t byte = scale[0] >> (16 * e + 8 * side) & 0xFF;
-                    if constexpr (T == Q6_K) {
-                        const float s = float(int(int8_t(byte)));
-                        scaled += s * (product(e, side) - Codes<T>::zero / 16777216.0f * sum(e, side));
-                    } else {
-                        scaled += float(byte & 0xF) * product(e, side);
-                        offset += float(byte >> 4) * sum(e, side);
-                    }
-                }
-            y += d.x * 16777216.0f * scaled - (T == Q6_K ? 0.0f : d.y * offset);
+            const uint32_t one = scale[0] >> (8 * side) & 0xFF, two = scale[0] >> (16 + 8 * side) & 0xFF;
+            if constexpr (T == Q6_K)
+                return d.x * (float(int(int8_t(one))) * (a - Codes<T>::zero * sa) +
+                              float(int(int8_t(two))) * (b - Codes<T>::zero * sb));
+            else
+                return d.x * (float(one & 0xF) * a + float(two & 0xF) * b) -
+                       d.y * (float(one >> 4) * sa + float(two >> 4) * sb);
         } else {
             Scales<T> s;
             s.sup = sup;
 #pragma unroll
             for (int i = 0; i < int(sizeof(scale) / 4); i++)
                 s.scale[i] = scale[i];
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-#pragma unroll
-                for (int side = 0; side < SIDES; side++) {
-                    float by, offset;
-                    s.get(2 * t, e, side, by, offset);
-                    y += by * product(e, side) + offset * sum(e, side);
-                }
+            float by, offset, out;
+            s.exact(L::super ? t : 0, 0, side, by, offset);
+            out = by * a + offset * sa;
+            s.exact(L::super ? t + 4 : 0, L::super ? 0 : 1, side, by, offset);
+            return out + by * b + offset * sb;
         }
     }
 };
 
-// What a lane holds of a unit: its groups t and t + 4 of rows g and g + 8, and the scales of groups 2t and 2t + 1 of
-// both rows, whose sums the product leaves with it.
+// What a lane holds of a unit: its groups t and t + 4 of rows g and g + 8, and their scales.
 template <int T> struct Unit {
     Codes<T> a[2], b[2];
     UnitScales<T> sa, sb;
@@ -247,37 +266,53 @@ template <int T> struct Unit {
         sa.load(ma, first_a, unit, t, groups);
         sb.load(mb, first_b, unit, t, groups);
     }
-    // Adds the unit's part of rows g and g + 8 that this lane's groups give.
-    __device__ void multiply(float &ya, float &yb, const uint4 *xs, const float *sums, int unit, int chunks, int g,
-                             int t) const {
+    __device__ void decode(int t) {
+        sa.decode(t);
+        sb.decode(t);
+    }
+    // Adds the unit's part of rows g and g + 8 that this lane's groups give. decode() came before.
+    __device__ void multiply(float &ya, float &yb, const Values &x, int g, int t) const {
         constexpr int SIDES = Layout<T>::sub16 ? 2 : 1;
-        float d[SIDES][2][4] = {};
+        // Column g is group g / 2 or, if g is odd, the fourth behind it.
+        const uint4 *y = x.value + (g / 2 == t ? g : 8);
+        float one = 0.0f, two = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int chunk = 2 * unit + j;
-            const uint4 *x = g == t + 4 * j && chunk < chunks ? xs + chunk * 16 + t : xs - ZEROS;
+        for (int side = 0; side < SIDES; side++) {
+            const float4 halves = x.sum[t];
+            const float s[2] = {SIDES == 1 ? halves.x + halves.y
+                                : side     ? halves.y
+                                           : halves.x,
+                                SIDES == 1 ? halves.z + halves.w
+                                : side     ? halves.w
+                                           : halves.z};
+            // Of both rows at once, or of each in turn where the halves' scales take the registers.
+            constexpr int ROWS = SIDES == 1 ? 2 : 1;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                uint32_t u[4], v[4];
-                a[j].words(i, u);
-                b[j].words(i, v);
-                const uint4 y = x[4 * i];
-                float(&e)[2][4] = d[SIDES == 2 ? i / 2 : 0];
-                mma(e[0], u[0], v[0], u[2], v[2], y.x, y.y);
-                mma(e[1], u[1], v[1], u[3], v[3], y.z, y.w);
+            for (int first = 0; first < 2; first += ROWS) {
+                float d[ROWS][2][4] = {};
+#pragma unroll
+                for (int k = 0; k < 4 / SIDES; k++) {
+                    const int i = side * 2 + k;
+                    const uint4 v = y[9 * i];
+#pragma unroll
+                    for (int row = 0; row < ROWS; row++) {
+                        const Codes<T>(&c)[2] = first + row ? b : a;
+                        uint32_t p[4], q[4];
+                        c[0].words(i, p);
+                        c[1].words(i, q);
+                        mma(d[row][0], p[0], q[0], p[2], q[2], v.x, v.y);
+                        mma(d[row][1], p[1], q[1], p[3], q[3], v.z, v.w);
+                    }
+                }
+#pragma unroll
+                for (int row = 0; row < ROWS; row++) {
+                    const auto product = [&](int e) { return d[row][0][3 * e] + d[row][1][3 * e] * Codes<T>::odd; };
+                    (first + row ? two : one) +=
+                        (first + row ? sb : sa).sums(t, side, product(0), product(1), s[0], s[1]);
+                }
             }
         }
-        // Sums over 16 of groups 2t and 2t + 1; what lies past the last chunk is not read.
-        const float4 x = 8 * unit + 2 * t < 4 * chunks ? reinterpret_cast<const float4 *>(sums)[4 * unit + t]
-                                                       : make_float4(0, 0, 0, 0);
-        const auto sum = [&](int e, int side) {
-            if constexpr (SIDES == 1)
-                return e ? x.z + x.w : x.x + x.y;
-            else
-                return e ? (side ? x.w : x.z) : (side ? x.y : x.x);
-        };
-        sa.add(ya, t, [&](int e, int side) { return d[side][0][e] + d[side][1][e] * Codes<T>::odd; }, sum);
-        sb.add(yb, t, [&](int e, int side) { return d[side][0][2 + e] + d[side][1][2 + e] * Codes<T>::odd; }, sum);
+        ya += one * x.unscale, yb += two * x.unscale;
     }
 };
 
@@ -296,11 +331,13 @@ struct Walk {
 
 template <int T> __device__ void run(const clsa_matvec &p, int first, int step, int end, Scratch &scratch) {
     extern __shared__ uint4 shared[];
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int cols = p.task[0].w.cols, groups = cols / 32, chunks = (groups + 3) / 4, units = (chunks + 1) / 2;
+    // The broadcast tells the compiler that the warp's number and what follows from it are uniform: they leave the
+    // lanes' registers, of which there are none to spare.
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), warps = blockDim.x / 32;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int cols = p.task[0].w.cols, groups = cols / 32, units = (groups + 7) / 8;
     const bool glu = p.mode == CLSA_GLU;
-    uint4 *xs = shared + ZEROS;
-    float *sums = reinterpret_cast<float *>(xs + chunks * 16);
+    Values *values = reinterpret_cast<Values *>(shared);
     Walk loads{first, warp}, now{first, warp};
     int task;
     uint32_t first_a, first_b;
@@ -321,18 +358,28 @@ template <int T> __device__ void run(const clsa_matvec &p, int first, int step, 
             open();
     };
     Unit<T> one, two;
-    float ya = 0.0f, yb = 0.0f;
-    if (p.order != CLSA_LEADS)
-        release_successors();
     open();
     load(one);
+    const bool second = loads.tile < end;
     load(two);
-    constexpr int HELD = Layout<T>::high_bytes > 0 ? 1 : 2; // what the two units leave registers for
-    if (p.norm)
-        load_activations<true, HELD>(p, cols, chunks, xs, sums, scratch.sums);
-    else
-        load_activations<false, HELD + 1>(p, cols, chunks, xs, sums, scratch.sums);
+    if (p.order != CLSA_LEADS)
+        release_successors();
+    const auto decode = [&] {
+        one.decode(t);
+        if (second)
+            two.decode(t);
+    };
+    constexpr int HELD = Layout<T>::high_bytes > 0 ? 2 : 3; // what the two units leave registers for
+    if (p.norm) {
+        const float squares = load_activations<true, 1>(p, cols, units, warp, warps, lane, values, decode);
+        if (lane == 0)
+            scratch.squares[warp] = squares;
+    } else {
+        load_activations<false, HELD>(p, cols, units, warp, warps, lane, values, decode);
+    }
 
+    float ya = 0.0f, yb = 0.0f;
+    int decoded = 2; // units in hand
     // The warp that adds up the tile in hand: they take turns.
     int turn = 0, parity = 0;
     // Multiplies `unit` and loads the one after the next into it; ends a tile when its units are done. False when all
@@ -352,26 +399,38 @@ template <int T> __device__ void run(const clsa_matvec &p, int first, int step, 
                 before = *to;
         }
         now.next(units, warp, warps, step);
+        if (decoded > 0)
+            decoded--;
+        else
+            unit.decode(t);
         if (this_unit < units)
-            unit.multiply(ya, yb, xs, sums, this_unit, chunks, g, t);
+            unit.multiply(ya, yb, values[this_unit], g, t);
         load(unit);
         if (last) {
-            ya += __shfl_xor_sync(0xFFFFFFFFu, ya, 1), yb += __shfl_xor_sync(0xFFFFFFFFu, yb, 1);
-            ya += __shfl_xor_sync(0xFFFFFFFFu, ya, 2), yb += __shfl_xor_sync(0xFFFFFFFFu, yb, 2);
-            if (t == 0) {
-                scratch.part[parity][warp][g] = ya;
-                scratch.part[parity][warp][g + 8] = yb;
-            }
+            float *part = reinterpret_cast<float *>(scratch.part[parity][warp]);
+            part[lane] = ya, part[32 + lane] = yb;
             ya = yb = 0.0f;
             __syncthreads();
             if (warp == turn) {
-                float y = 0.0f;
+                float y = 0.0f, squares = 0.0f, factor = UnitScales<T>::factor;
 #pragma unroll
                 for (int w = 0; w < MAX_WARPS; w += 2)
-                    if (w + lane / 16 < warps)
-                        y += scratch.part[parity][w + lane / 16][lane % 16];
+                    if (w + lane / 16 < warps) {
+                        const float4 v = scratch.part[parity][w + lane / 16][lane % 16];
+                        y += (v.x + v.y) + (v.z + v.w);
+                    }
                 y += __shfl_xor_sync(0xFFFFFFFFu, y, 16);
-                y *= p.out_scale;
+                if (p.norm) {
+                    float more = 0.0f;
+#pragma unroll
+                    for (int w = 0; w < MAX_WARPS; w += 2) {
+                        squares += w < warps ? scratch.squares[w] : 0.0f;
+                        more += w + 1 < warps ? scratch.squares[w + 1] : 0.0f;
+                    }
+                    squares += more;
+                    factor *= rsqrtf(squares * p.inverse_cols + p.eps);
+                }
+                y *= factor;
                 const float up = __shfl_down_sync(0xFFFFFFFFu, y, 8);
                 if (to != nullptr)
                     *to = glu ? silu(y) * up : y + before;
@@ -391,7 +450,7 @@ template <int T> __device__ void run(const clsa_matvec &p, int first, int step, 
 
 using namespace clsa;
 
-// block: 32 * warps; shared: 512 bytes, and 288 for each chunk of 128 columns; p.n_tiles: the 16-row tiles of all tasks
+// block: 32 * warps; shared: CLSA_MATVEC_UNIT bytes for each 256 columns; p.n_tiles: the 16-row tiles of all tasks
 // (GLU: the 8-row tiles of task 0). One kernel for each type: a launch's tasks are of one type. Types whose units take
 // more registers have eight warps a block (Spread).
 #define SAME(T)                                                                                                        \

@@ -281,15 +281,6 @@ template <int T> struct Scales {
             }
         }
     }
-
-    // The same for the words of Codes as the tensor cores see them.
-    __device__ void get(int g, int e, int side, float &s, float &a) const {
-        exact(g, e, side, s, a);
-        if constexpr (L::floats)
-            s = 1.0f / weight_scale<T>();
-        else
-            s *= 16777216.0f;
-    }
 };
 
 // The 32 weights of a group, to be expanded to f16.
@@ -367,7 +358,7 @@ __device__ inline half2 clamped(float x, float y) {
     const float top = 65504.0f;
     return __floats2half2_rn(fminf(fmaxf(x, -top), top), fminf(fmaxf(y, -top), top));
 }
-__device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 __device__ inline float warp_sum(float v) {
 #pragma unroll

@@ -28,6 +28,8 @@ extern "C" {
 // Warps of a block of the one-row kernels at most; of those whose units take more registers, for Q8_0 and Q5_K.
 #define CLSA_MATVEC_WARPS 10
 #define CLSA_MATVEC_WARPS_WIDE 8
+// Bytes of shared memory that they keep the activations of 256 columns in.
+#define CLSA_MATVEC_UNIT 656
 // Products that one launch may do on the same activations (q, k, v; or gate, up), with matrices of one type.
 #define CLSA_MATMUL_TASKS 4
 
@@ -81,15 +83,15 @@ enum clsa_matvec_order {
     CLSA_BESIDE = 2
 };
 
-// One activation row: a = x, or with `norm` a = norm * x / sqrt(mean(x^2) + eps), rounded to f16 after multiplication
-// by `in_scale`.
+// One activation row: a = x, or with `norm` a = norm * x / sqrt(mean(x^2) + eps). It is multiplied in f16, each 256
+// values times the power of two that brings their largest near 2^14.
 struct clsa_matvec {
-    const float *x;                 // [cols]
-    const float *norm;              // [cols] or NULL
-    float eps, in_scale, out_scale; // out_scale: 1 / in_scale
+    const float *x;    // [cols]
+    const float *norm; // [cols] or NULL
+    float eps, inverse_cols;
     int32_t mode, n_tasks;
     int32_t n_tiles; // 16-row tiles of all tasks; GLU: 8-row tiles of task 0
-    int32_t order, reserved;
+    int32_t order;
     struct clsa_matmul_task task[CLSA_MATMUL_TASKS];
 };
 

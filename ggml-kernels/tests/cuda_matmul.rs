@@ -87,8 +87,8 @@ fn poisoned(device: &Device, n: usize) -> Buffer<f32> {
     device.upload(&vec![f32::NAN; n]).expect("buffer")
 }
 
-fn columns(ty: Type) -> [usize; 3] {
-    if ty.block_len() == 256 { [256, 768, 2560] } else { [640, 608, 2560] }
+fn columns(ty: Type) -> [usize; 4] {
+    if ty.block_len() == 256 { [256, 768, 2560, 10_496] } else { [640, 608, 2560, 10_400] }
 }
 
 #[test]
@@ -119,6 +119,9 @@ fn matvec_is_the_product() {
                 if rows == 6000 && (ty != Type::Q4_K && ty != Type::Q8_0 || cols > 1000) {
                     continue; // more tiles than blocks
                 }
+                if rows > 24 && cols > 8000 {
+                    continue; // more columns than a warp's activations in registers
+                }
                 let (m, exact) = matrix(&stream, ty, rows, cols, &mut noise);
                 let (x, norm) = (noise.vec(cols), noise.vec(cols));
                 let (dx, dn) = (device.upload(&x).expect("x"), device.upload(&norm).expect("norm"));
@@ -134,7 +137,7 @@ fn matvec_is_the_product() {
                         poisoned(&device, rows)
                     };
                     let norm = if normed { dn.ptr().cast_const() } else { std::ptr::null() };
-                    let row = Row { x: dx.ptr(), norm, eps: 1e-5, scale: 0.5 };
+                    let row = Row { x: dx.ptr(), norm, eps: 1e-5 };
                     let products = [Product { matrix: &m, out: out.ptr() }];
                     // SAFETY: all buffers live until the wait.
                     unsafe { matmul::matvec(&stream, row, &products, mode) }.expect("launch");
@@ -143,6 +146,35 @@ fn matvec_is_the_product() {
                 }
             }
         }
+    }
+}
+
+/// Activations keep their precision whatever their size: a power of two goes through bit by bit, and neither overflows nor vanishes.
+#[test]
+fn matvec_takes_activations_of_any_size() {
+    let Some((device, stream)) = gpu() else { return };
+    let mut noise = Noise(10);
+    let (rows, cols) = (40, 2560);
+    let x = noise.vec(cols);
+    for ty in quantized() {
+        let (m, _) = matrix(&stream, ty, rows, cols, &mut noise);
+        let times = |factor: f32| {
+            let dx = device.upload(&x.iter().map(|v| v * factor).collect::<Vec<_>>()).expect("x");
+            let out = poisoned(&device, rows);
+            let row = Row { x: dx.ptr(), norm: std::ptr::null(), eps: 0.0 };
+            // SAFETY: all buffers live until the wait.
+            unsafe { matmul::matvec(&stream, row, &[Product { matrix: &m, out: out.ptr() }], Mode::Store) }
+                .expect("launch");
+            stream.synchronize().expect("run");
+            out.to_vec().expect("read")
+        };
+        let plain = times(1.0);
+        for factor in [2f32.powi(-40), 2f32.powi(60)] {
+            let expected: Vec<f32> = plain.iter().map(|y| y * factor).collect();
+            assert!(times(factor) == expected, "{ty}: other bits for activations times {factor:e}");
+        }
+        assert!(times(0.0).iter().all(|&y| y == 0.0), "{ty}: a row of zeros");
+        assert!(times(f32::NAN).iter().all(|y| y.is_nan()), "{ty}: NaN does not get lost");
     }
 }
 
@@ -158,7 +190,7 @@ fn matrices_of_several_types_share_their_activations() {
     let outs = shapes.map(|(_, rows)| poisoned(&device, rows));
     let products: Vec<_> =
         matrices.iter().zip(&outs).map(|((m, _), out)| Product { matrix: m, out: out.ptr() }).collect();
-    let row = Row { x: dx.ptr(), norm: std::ptr::null(), eps: 0.0, scale: 1.0 };
+    let row = Row { x: dx.ptr(), norm: std::ptr::null(), eps: 0.0 };
     // SAFETY: all buffers live until the wait.
     unsafe { matmul::matvec(&stream, row, &products, Mode::Store) }.expect("launch");
     stream.synchronize().expect("run");
@@ -180,7 +212,7 @@ fn launches_beside_each_other_end_before_the_next() {
     let (norm, start) = (device.upload(&noise.vec(cols)).expect("norm"), noise.vec(cols));
     let run = |steps: usize, alone: bool| {
         let (x, y) = (device.upload(&start).expect("x"), poisoned(&device, cols));
-        let row = |x: &Buffer<f32>| Row { x: x.ptr(), norm: norm.ptr(), eps: 1e-5, scale: 0.5 };
+        let row = |x: &Buffer<f32>| Row { x: x.ptr(), norm: norm.ptr(), eps: 1e-5 };
         let mut first = 0;
         let products = matrices.each_ref().map(|matrix| {
             let out = y.at(first);
@@ -225,7 +257,7 @@ fn gate_and_up_are_one_launch() {
         let out = poisoned(&device, rows);
         let products =
             [Product { matrix: &gate, out: out.ptr() }, Product { matrix: &up, out: std::ptr::null_mut() }];
-        let row = Row { x: dx.ptr(), norm: std::ptr::null(), eps: 0.0, scale: 1.0 };
+        let row = Row { x: dx.ptr(), norm: std::ptr::null(), eps: 0.0 };
         // SAFETY: all buffers live until the wait.
         unsafe { matmul::matvec(&stream, row, &products, Mode::Glu) }.expect("launch");
         stream.synchronize().expect("run");

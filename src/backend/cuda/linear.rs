@@ -39,7 +39,7 @@ impl Cuda {
         let products: Vec<_> =
             out.iter().map(|&(w, to)| Product { matrix: self.weights.matrix(w), out: to }).collect();
         if input.n == 1 {
-            let row = Row { x: input.x, norm: input.norm, eps: input.eps, scale: input.scale };
+            let row = Row { x: input.x, norm: input.norm, eps: input.eps };
             // SAFETY: buffers of this backend, sized for max_rows.
             return Ok(unsafe { matmul::matvec(&self.stream, row, &products, mode) }?);
         }
@@ -203,7 +203,7 @@ impl Cuda {
         let [gate, up, down] = [&ffn.gate, &ffn.up, &ffn.down].map(|w| self.weights.matrix(w));
         if n == 1 {
             let to = self.s.gate.ptr();
-            let row = Row { x: input.x, norm: input.norm, eps: input.eps, scale: input.scale };
+            let row = Row { x: input.x, norm: input.norm, eps: input.eps };
             let products = [Product { matrix: gate, out: to }, Product { matrix: up, out: to }];
             // SAFETY: buffers of this backend, sized for max_rows.
             unsafe { matmul::matvec(&self.stream, row, &products, Mode::Glu) }?;
