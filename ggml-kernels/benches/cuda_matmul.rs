@@ -115,9 +115,8 @@ fn one_row(s: &Stream, layers: &[Layer], b: &Buffers, kind: Kind, spread: [Sprea
     Ok(())
 }
 
-fn rows(s: &Stream, layers: &[Layer], b: &Buffers, n: usize, prefetch: bool) -> Result<()> {
+fn rows(s: &Stream, layers: &[Layer], b: &Buffers, n: usize) -> Result<()> {
     for l in layers {
-        let ahead = |m| prefetch.then_some(m);
         let out = |matrix, to: &Buffer<f32>| Product { matrix, out: to.ptr() };
         let a = Packed { a: b.a.ptr(), rows: n, scale: 1.0 };
         let h = Packed { a: b.hp.ptr(), rows: n, scale: 1.0 };
@@ -125,11 +124,11 @@ fn rows(s: &Stream, layers: &[Layer], b: &Buffers, n: usize, prefetch: bool) -> 
         // SAFETY: all buffers live in `main`.
         unsafe {
             let qkv = [out(&l.q, &b.q), out(&l.k, &b.k), out(&l.v, &b.v)];
-            matmul::matmul(s, a, &qkv, Mode::Store, none, ahead(&l.o))?;
-            matmul::matmul(s, a, &[out(&l.o, &b.x)], Mode::Add, none, ahead(&l.gate))?;
+            matmul::matmul(s, a, &qkv, Mode::Store, none)?;
+            matmul::matmul(s, a, &[out(&l.o, &b.x)], Mode::Add, none)?;
             let glu = [out(&l.gate, &b.h), out(&l.up, &b.h)];
-            matmul::matmul(s, a, &glu, Mode::Glu, (b.hp.ptr(), 1e-3), ahead(&l.down))?;
-            matmul::matmul(s, h, &[out(&l.down, &b.x)], Mode::Add, none, None)?;
+            matmul::matmul(s, a, &glu, Mode::Glu, (b.hp.ptr(), 1e-3))?;
+            matmul::matmul(s, h, &[out(&l.down, &b.x)], Mode::Add, none)?;
         }
     }
     Ok(())
@@ -226,10 +225,8 @@ fn main() -> Result<()> {
             }
         }
         for n in [2, 8, 16, 32, 64] {
-            for prefetch in [false, true] {
-                let ms = time(&stream, || rows(&stream, &layers, &b, n, prefetch))?;
-                show(format!("{n} rows, prefetch {prefetch}"), ms);
-            }
+            let ms = time(&stream, || rows(&stream, &layers, &b, n))?;
+            show(format!("{n} rows"), ms);
         }
     }
     Ok(())

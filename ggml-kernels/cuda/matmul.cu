@@ -17,7 +17,7 @@ template <int T> struct Pair {
 // NT: tiles of 8 activation rows.
 template <int T, int NT>
 __device__ void tile(const clsa_gpu_matmul &p, const clsa_matmul_task &task, int first_tile, float *part) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = uniform_warp(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int warps = blockDim.x / 32, along = p.tile_warps, shares = warps / along;
     const int mine = warp % along, share = warp / along;
     const int cols = task.w.cols, groups = cols / 32, chunks = (groups + 3) / 4;
@@ -32,8 +32,8 @@ __device__ void tile(const clsa_gpu_matmul &p, const clsa_matmul_task &task, int
         w.b.load(wb, rb, at, groups);
     };
     Pair<T> now, later;
-    release_successors();
     load(now, share);
+    release_successors();
     wait_for_predecessors();
 
     float acc[NT][4] = {};
@@ -129,9 +129,6 @@ __device__ void tile(const clsa_gpu_matmul &p, const clsa_matmul_task &task, int
                 if (float *to = place(n, e))
                     *to = acc[n][e];
     }
-    for (size_t at = (size_t(blockIdx.x) * 32 * along + threadIdx.x) * 128; at < p.prefetch_bytes;
-         at += size_t(gridDim.x) * 32 * along * 128)
-        prefetch_l2(p.prefetch + at);
 }
 
 // The first of this block's 16-row tiles (GLU: 8 rows of both), and its task.

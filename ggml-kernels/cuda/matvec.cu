@@ -18,6 +18,8 @@
 namespace clsa {
 
 constexpr int MAX_WARPS = CLSA_MATVEC_WARPS;
+// Types whose units take more registers: eight warps a block.
+template <int T> constexpr bool WIDE = T == Q8_0 || T == Q5_K;
 
 struct Scratch {
     float4 part[2][MAX_WARPS][16]; // of each warp and row: the sums of the row's four lanes
@@ -316,13 +318,15 @@ template <int T> struct Unit {
     }
 };
 
-// The units of a warp, in order: every `warps`-th of each tile from its own on, at least one (which may lie past the
-// end and is then not multiplied), of tiles first, first + step, ... below end.
+// The units of a warp, in order: every `warps`-th of each tile from its own on, of tiles first, first + step, ... below
+// end. All warps take as many turns in a tile, so that they meet at its end in the same place. A turn past the tile's
+// end multiplies nothing. It reads the last unit again, as a condition around the loads costs more (Q4_K: 4 % of all),
+// but for WIDE types, whose warps are fewer and units more bytes.
 struct Walk {
     int tile, unit;
-    __device__ bool next(int units, int warp, int warps, int step) { // true at a new tile
+    __device__ bool next(int turns, int warp, int warps, int step) { // true at a new tile; turns: of all warps
         unit += warps;
-        if (unit < units)
+        if (unit < turns)
             return false;
         unit = warp, tile += step;
         return true;
@@ -331,11 +335,9 @@ struct Walk {
 
 template <int T> __device__ void run(const clsa_matvec &p, int first, int step, int end, Scratch &scratch) {
     extern __shared__ uint4 shared[];
-    // The broadcast tells the compiler that the warp's number and what follows from it are uniform: they leave the
-    // lanes' registers, of which there are none to spare.
-    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), warps = blockDim.x / 32;
+    const int warp = uniform_warp(), warps = blockDim.x / 32;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int cols = p.task[0].w.cols, groups = cols / 32, units = (groups + 7) / 8;
+    const int cols = p.task[0].w.cols, groups = cols / 32, units = p.units, turns = p.turns;
     const bool glu = p.mode == CLSA_GLU;
     Values *values = reinterpret_cast<Values *>(shared);
     Walk loads{first, warp}, now{first, warp};
@@ -350,11 +352,10 @@ template <int T> __device__ void run(const clsa_matvec &p, int first, int step, 
         first_b = glu ? first_a : uint32_t(min(tile.row + g + 8, last)) * uint32_t(groups);
     };
     const auto load = [&](Unit<T> &unit) {
-        if (loads.tile >= end)
-            return;
-        unit.load(p.task[task].w, p.task[glu ? 1 : task].w, first_a, first_b, min(loads.unit, units - 1), groups, t,
-                  policy);
-        if (loads.next(units, warp, warps, step) && loads.tile < end)
+        if (loads.tile < end && (!WIDE<T> || loads.unit < units))
+            unit.load(p.task[task].w, p.task[glu ? 1 : task].w, first_a, first_b,
+                      WIDE<T> ? loads.unit : min(loads.unit, units - 1), groups, t, policy);
+        if (loads.tile < end && loads.next(turns, warp, warps, step) && loads.tile < end)
             open();
     };
     Unit<T> one, two;
@@ -388,7 +389,7 @@ template <int T> __device__ void run(const clsa_matvec &p, int first, int step, 
         const int this_unit = now.unit;
         float *to = nullptr; // where the lane's sum goes
         float before = 0.0f;
-        const bool last = this_unit + warps >= units;
+        const bool last = this_unit + warps >= turns;
         if (last && warp == turn) {
             const Tile tile(p, now.tile);
             const clsa_matmul_task &task = p.task[tile.task];
@@ -398,7 +399,7 @@ template <int T> __device__ void run(const clsa_matvec &p, int first, int step, 
             if (to != nullptr && p.mode == CLSA_ADD)
                 before = *to;
         }
-        now.next(units, warp, warps, step);
+        now.next(turns, warp, warps, step);
         if (decoded > 0)
             decoded--;
         else
@@ -454,8 +455,7 @@ using namespace clsa;
 // (GLU: the 8-row tiles of task 0). One kernel for each type: a launch's tasks are of one type. Types whose units take
 // more registers have eight warps a block (Spread).
 #define SAME(T)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(                                                                      \
-        T == Q8_0 || T == Q5_K ? 32 * CLSA_MATVEC_WARPS_WIDE : 32 * MAX_WARPS, 2)                                      \
+    extern "C" __global__ void __launch_bounds__(WIDE<T> ? 32 * CLSA_MATVEC_WARPS_WIDE : 32 * MAX_WARPS, 2)            \
         clsa_matvec_##T##_kernel(const __grid_constant__ clsa_matvec p) {                                              \
         __shared__ Scratch scratch;                                                                                    \
         run<T>(p, blockIdx.x, gridDim.x, p.n_tiles, scratch);                                                          \

@@ -352,7 +352,10 @@ __device__ inline void release_successors() {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-__device__ inline void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// The warp's number in its block. The broadcast tells the compiler that it, and what follows from it, is the same in
+// all lanes and needs no registers of theirs.
+__device__ inline int uniform_warp() { return __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0); }
 
 __device__ inline half2 clamped(float x, float y) {
     const float top = 65504.0f;

@@ -92,6 +92,7 @@ struct clsa_matvec {
     int32_t mode, n_tasks;
     int32_t n_tiles; // 16-row tiles of all tasks; GLU: 8-row tiles of task 0
     int32_t order;
+    int32_t units, turns; // 256 columns are a unit; turns: units, rounded up to a multiple of the block's warps
     struct clsa_matmul_task task[CLSA_MATMUL_TASKS];
 };
 
@@ -106,8 +107,6 @@ struct clsa_gpu_matmul {
     int32_t mode, n_tasks;
     int32_t tile_warps; // warps of a block along the rows of W; the others share the columns
     int32_t reserved;
-    const uint8_t *prefetch;
-    size_t prefetch_bytes;
     struct clsa_matmul_task task[CLSA_MATMUL_TASKS];
 };
 

@@ -320,7 +320,7 @@ fn matmul_is_the_product() {
                 let a = Packed { a: a.ptr(), rows: n, scale: 0.5 };
                 let none = (std::ptr::null_mut(), 1.0);
                 // SAFETY: all buffers live until the wait.
-                unsafe { matmul::matmul(&stream, a, &products, mode, none, Some(&m)) }.expect("launch");
+                unsafe { matmul::matmul(&stream, a, &products, mode, none) }.expect("launch");
                 stream.synchronize().expect("run");
                 check(
                     &format!("{ty} {n} x {rows}x{cols} {mode:?}"),
@@ -356,9 +356,8 @@ fn gated_rows_feed_the_next_product() {
         let b = Packed { a: h.ptr(), rows: n, scale: 0.125 };
         // SAFETY: all buffers live until the wait.
         unsafe {
-            matmul::matmul(&stream, a, &glu, Mode::Glu, (h.ptr(), 0.125), None).expect("launch");
-            matmul::matmul(&stream, b, &last, Mode::Store, (std::ptr::null_mut(), 1.0), None)
-                .expect("launch");
+            matmul::matmul(&stream, a, &glu, Mode::Glu, (h.ptr(), 0.125)).expect("launch");
+            matmul::matmul(&stream, b, &last, Mode::Store, (std::ptr::null_mut(), 1.0)).expect("launch");
         }
         stream.synchronize().expect("run");
         let hidden = gated(&product(&wg, &x, cols), &product(&wu, &x, cols));

@@ -182,6 +182,8 @@ unsafe fn matvec_in_order(
     let (task, n_tasks) = tasks(products, mode)?;
     let first = products[0].matrix;
     let n_tiles = tile_count(products, mode, 1);
+    let units = first.cols().div_ceil(256);
+    let warps = spread.warps.clamp(1, Spread::most_warps(first.ty()));
     let p = clsa_matvec {
         x: row.x,
         norm: row.norm,
@@ -191,13 +193,14 @@ unsafe fn matvec_in_order(
         n_tasks,
         n_tiles: n_tiles as i32,
         order: order as i32,
+        units: units as i32,
+        turns: units.next_multiple_of(warps) as i32,
         task,
     };
     let function = stream.device().function(&format!("clsa_matvec_{}_kernel", first.ty().name()))?;
-    let shared = first.cols().div_ceil(256) * CLSA_MATVEC_UNIT as usize;
+    let shared = units * CLSA_MATVEC_UNIT as usize;
     let blocks = n_tiles.min(spread.blocks * stream.device().multiprocessors());
-    let threads = 32 * spread.warps.clamp(1, Spread::most_warps(first.ty()));
-    let launch = Launch::new(blocks, threads).shared(shared).overlap();
+    let launch = Launch::new(blocks, 32 * warps).shared(shared).overlap();
     // SAFETY: the kernel's own struct; the rest is the caller's.
     unsafe { launch.run(stream, &function, &(p,)) }
 }
@@ -212,14 +215,11 @@ pub unsafe fn matmul(
     products: &[Product<'_>],
     mode: Mode,
     (out_packed, out_scale): (*mut half::f16, f32),
-    prefetch: Option<&Matrix>,
 ) -> Result<()> {
     if a.rows == 0 || a.rows > CLSA_MATMUL_ROWS as usize {
         return Err(Error::Range(format!("{} activation rows, 1 to {CLSA_MATMUL_ROWS} wanted", a.rows)));
     }
-    let mut left = products.len();
     for now in same_type(products) {
-        left -= now.len();
         let first = now[0];
         let (task, n_tasks) = tasks(now, mode)?;
         let n_padded = padded(a.rows);
@@ -228,7 +228,6 @@ pub unsafe fn matmul(
         let wanted = stream.device().multiprocessors() * 3 / 5;
         let tile_warps = [8, 4, 2].into_iter().find(|&w| tile_count(now, mode, w) >= wanted).unwrap_or(1);
         let shares = (CLSA_MATMUL_WARPS as usize / tile_warps).min(first.matrix.cols().div_ceil(128)).max(1);
-        let (start, bytes) = prefetch.filter(|_| left == 0).map_or((std::ptr::null(), 0), Matrix::memory);
         let p = clsa_gpu_matmul {
             a: a.a.cast(),
             out_packed: out_packed.cast(),
@@ -240,8 +239,6 @@ pub unsafe fn matmul(
             n_tasks,
             tile_warps: tile_warps as i32,
             reserved: 0,
-            prefetch: start,
-            prefetch_bytes: bytes,
             task,
         };
         let name = format!("clsa_matmul_{n_padded}_{}_kernel", first.matrix.ty().name());
@@ -335,7 +332,7 @@ pub unsafe fn matmul_f32(
         return Err(Error::Range("an F32 matrix to store or add wanted".into()));
     }
     let p = clsa_matmul_f32 {
-        w: m.memory().0.cast(),
+        w: m.start().cast(),
         x,
         out: product.out,
         rows: m.rows() as i32,

@@ -122,10 +122,10 @@ impl Matrix {
     pub fn view(&self) -> clsa_planes {
         self.view
     }
-    /// Where its memory starts, and its size: what a prefetch of it covers.
+    /// Where its memory starts.
     #[must_use]
-    pub fn memory(&self) -> (*const u8, usize) {
-        (self.planes.ptr(), self.planes.bytes())
+    pub fn start(&self) -> *const u8 {
+        self.planes.ptr()
     }
 
     /// Queues its expansion to f16 `[rows][cols]`, times [`weight_scale`].

@@ -247,8 +247,6 @@ pub struct Launch {
     pub block: [u32; 3],
     /// Bytes of dynamic shared memory.
     pub shared: usize,
-    /// Blocks of a cluster in x; 0 or 1: none.
-    pub cluster: u32,
     /// The kernel may start while its predecessor in the stream still runs: it must execute `griddepcontrol.wait`
     /// (`cudaGridDependencySynchronize`) in every thread before it touches anything that an earlier kernel writes or reads.
     pub overlap: bool,
@@ -258,7 +256,7 @@ impl Launch {
     /// `grid` blocks of `block` threads.
     #[must_use]
     pub fn new(grid: usize, block: usize) -> Self {
-        Self { grid: [grid as u32, 1, 1], block: [block as u32, 1, 1], shared: 0, cluster: 0, overlap: false }
+        Self { grid: [grid as u32, 1, 1], block: [block as u32, 1, 1], shared: 0, overlap: false }
     }
     /// A grid of up to three dimensions.
     #[must_use]
@@ -270,12 +268,6 @@ impl Launch {
     #[must_use]
     pub fn shared(mut self, bytes: usize) -> Self {
         self.shared = bytes;
-        self
-    }
-    /// Groups blocks into clusters (compute capability 9.0).
-    #[must_use]
-    pub fn cluster(mut self, blocks: usize) -> Self {
-        self.cluster = blocks as u32;
         self
     }
     /// See [`Launch::overlap`]; ignored before compute capability 9.0.
@@ -308,20 +300,12 @@ impl Launch {
         let mut parameters = [std::ptr::null_mut(); 8];
         arguments.addresses(&mut parameters);
         // SAFETY: an all-zero attribute is valid: CU_LAUNCH_ATTRIBUTE_IGNORE.
-        let mut attributes: [cu::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
-        let mut n = 0;
-        if self.cluster > 1 {
-            attributes[n].id = cu::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-            attributes[n].value.clusterDim.x = self.cluster;
-            attributes[n].value.clusterDim.y = 1;
-            attributes[n].value.clusterDim.z = 1;
-            n += 1;
-        }
-        if self.overlap && stream.device.capability().0 >= 9 {
-            attributes[n].id =
+        let mut attribute: cu::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        let overlap = self.overlap && stream.device.capability().0 >= 9;
+        if overlap {
+            attribute.id =
                 cu::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-            attributes[n].value.programmaticStreamSerializationAllowed = 1;
-            n += 1;
+            attribute.value.programmaticStreamSerializationAllowed = 1;
         }
         let shared = c_uint::try_from(self.shared)
             .map_err(|_| Error::Range(format!("{} bytes of shared memory", self.shared)))?;
@@ -334,8 +318,8 @@ impl Launch {
             blockDimZ: self.block[2],
             sharedMemBytes: shared,
             hStream: stream.handle,
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: n as c_uint,
+            attrs: &raw mut attribute,
+            numAttrs: c_uint::from(overlap),
         };
         // SAFETY: the configuration and parameters outlive the call, which copies them; the rest is the caller's promise.
         unsafe {

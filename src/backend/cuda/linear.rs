@@ -52,7 +52,7 @@ impl Cuda {
                 .map(|p| Product { matrix: p.matrix, out: p.out.wrapping_add(first * p.matrix.rows()) })
                 .collect();
             // SAFETY: as above.
-            unsafe { matmul::matmul(&self.stream, packed, &now, mode, (std::ptr::null_mut(), 1.0), None) }?;
+            unsafe { matmul::matmul(&self.stream, packed, &now, mode, (std::ptr::null_mut(), 1.0)) }?;
         }
         Ok(())
     }
@@ -221,8 +221,8 @@ impl Cuda {
             let last = [Product { matrix: down, out: x.wrapping_add(first * width) }];
             // SAFETY: as above; h16 holds packed_len of FEW rows.
             unsafe {
-                matmul::matmul(&self.stream, packed, &products, Mode::Glu, (h, HIDDEN_SCALE), None)?;
-                matmul::matmul(&self.stream, hidden, &last, Mode::Add, (none.cast(), 1.0), None)?;
+                matmul::matmul(&self.stream, packed, &products, Mode::Glu, (h, HIDDEN_SCALE))?;
+                matmul::matmul(&self.stream, hidden, &last, Mode::Add, (none.cast(), 1.0))?;
             }
         }
         Ok(())
