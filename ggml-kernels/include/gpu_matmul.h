@@ -88,7 +88,9 @@ enum clsa_matvec_order {
 struct clsa_matvec {
     const float *x;    // [cols]
     const float *norm; // [cols] or NULL
-    float eps, inverse_cols;
+    float eps;
+    float
+        inverse_cols; // 1 / cols; this and the numbers of units follow from the rest, but a kernel would wait for them
     int32_t mode, n_tasks;
     int32_t n_tiles; // 16-row tiles of all tasks; GLU: 8-row tiles of task 0
     int32_t order;

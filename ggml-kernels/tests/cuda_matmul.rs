@@ -120,7 +120,7 @@ fn matvec_is_the_product() {
                     continue; // more tiles than blocks
                 }
                 if rows > 24 && cols > 8000 {
-                    continue; // more columns than a warp's activations in registers
+                    continue; // columns beyond those that a warp asks for at once: a few rows show it
                 }
                 let (m, exact) = matrix(&stream, ty, rows, cols, &mut noise);
                 let (x, norm) = (noise.vec(cols), noise.vec(cols));
