@@ -281,12 +281,11 @@ template <int T> struct Unit {
 #pragma unroll
         for (int side = 0; side < SIDES; side++) {
             const float4 halves = x.sum[t];
-            const float s[2] = {SIDES == 1 ? halves.x + halves.y
-                                : side     ? halves.y
-                                           : halves.x,
-                                SIDES == 1 ? halves.z + halves.w
-                                : side     ? halves.w
-                                           : halves.z};
+            float s[2] = {halves.x, halves.z};
+            if (SIDES == 1)
+                s[0] += halves.y, s[1] += halves.w;
+            else if (side)
+                s[0] = halves.y, s[1] = halves.w;
             // Of both rows at once, or of each in turn where the halves' scales take the registers.
             constexpr int ROWS = SIDES == 1 ? 2 : 1;
 #pragma unroll

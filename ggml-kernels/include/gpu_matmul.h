@@ -88,9 +88,8 @@ enum clsa_matvec_order {
 struct clsa_matvec {
     const float *x;    // [cols]
     const float *norm; // [cols] or NULL
-    float eps;
-    float
-        inverse_cols; // 1 / cols; this and the numbers of units follow from the rest, but a kernel would wait for them
+    // inverse_cols, units and turns follow from the rest: a kernel would wait for the divisions.
+    float eps, inverse_cols; // 1 / cols
     int32_t mode, n_tasks;
     int32_t n_tiles; // 16-row tiles of all tasks; GLU: 8-row tiles of task 0
     int32_t order;
